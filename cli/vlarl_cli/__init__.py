@@ -1,0 +1,1 @@
+"""The vlarl command line."""

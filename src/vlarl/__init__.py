@@ -1,0 +1,1 @@
+"""vlarl post-trains vision-language-action policies with reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Reinforcement-learning formulas as pure functions of tensors."""

@@ -1,0 +1,42 @@
+"""Owns the torch-free facts about simulators: EpisodeSpec and EnvSpec. Stdlib only, Python 3.8 grammar (env hosts import it)."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Everything that fixes one episode. Nothing in a simulator advances a counter of its own.
+
+    uid: unique number of the episode within a run or an evaluation; keys the sampling noise.
+    task: index into `EnvSpec.tasks`.
+    init_state: id of the initial state; training and evaluation use disjoint ranges.
+    seed: the simulator's seed for whatever `init_state` does not fix.
+    group: GRPO group number, -1 where there is none. Episodes of a group share task, init_state and seed.
+    """
+
+    uid: int
+    task: int
+    init_state: int
+    seed: int
+    group: int = -1
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What a simulator offers, for `plan` to hold against a policy's PolicySpec.
+
+    tasks: names, indexed by EpisodeSpec.task. views: number of RGB cameras. height, width: pixels.
+    state_dim: length of the proprioceptive vector (0: none). action_dim: numbers per action, each in [-1, 1]
+    before un-normalisation. horizon: control steps after which an episode is truncated.
+    """
+
+    name: str
+    tasks: Tuple[str, ...]
+    views: int
+    height: int
+    width: int
+    state_dim: int
+    action_dim: int
+    horizon: int

@@ -1,0 +1,1 @@
+"""Launching: the run folder, the torchrun command and its supervision. Torch-free."""

@@ -1,0 +1,27 @@
+"""Owns PolicySpec: the torch-free facts about a policy that `plan` checks against a simulator. Stdlib only."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy expects and emits.
+
+    image_size: pixels its towers take (frames are resized to it). views: RGB images per observation.
+    chunk: actions per forward pass (K). action_dim: numbers per action (A). proprio_dim: 0 = takes no state.
+    unnorm_key: which action statistics it un-normalises with.
+    parameters, hidden_size, layers, sequence_length: for the memory and time estimates.
+    """
+
+    kind: str
+    image_size: int
+    views: int
+    chunk: int
+    action_dim: int
+    proprio_dim: int
+    unnorm_key: str
+    parameters: int
+    hidden_size: int
+    layers: int
+    sequence_length: int

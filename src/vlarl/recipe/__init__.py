@@ -1,0 +1,1 @@
+"""Recipes: what the user states. Torch-free."""

@@ -1,0 +1,262 @@
+"""Owns the recipe's shape: every field, type, range and default. Plain frozen dataclasses, so that worker ranks need no pydantic.
+
+`recipe.load` validates YAML against these (through pydantic, which reads the annotations and the strings under the fields);
+a recipe states intent only: everything derivable is derived in `plan`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Optional, Union
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+Count = Annotated[int, Ge(1)]
+NonNegative = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Rate = Annotated[float, Ge(0)]
+
+STRICT = {"extra": "forbid", "frozen": True, "use_attribute_docstrings": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """The simulator and how many episodes it plays at once."""
+
+    __pydantic_config__ = STRICT
+    simulator: Literal["tabletop"] = "tabletop"
+    tasks: Annotated[tuple[str, ...], MinLen(1)] = ("put", "push", "touch")
+    """Task families to train on (tabletop: put, push, touch)."""
+    variation: str = "train"
+    """Distribution of scenes: train, vision, semantics or execution."""
+    parallel: Count = 64
+    """Episodes played at once, over all ranks (environment slots)."""
+    horizon: Count = 48
+    """Control steps after which an episode is truncated."""
+    image_size: Annotated[int, Ge(32), Le(224)] = 64
+    """Height and width of the camera frames, pixels."""
+    wrist_camera: bool = False
+    """Render a second view from the gripper."""
+    reward: Literal["sparse", "shaped"] = "sparse"
+    """sparse: 1 on success. shaped: sparse plus a potential difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (peft)."""
+
+    __pydantic_config__ = STRICT
+    rank: Count = 32
+    alpha: Count = 32
+    dropout: Fraction = 0.0
+    targets: Union[Literal["all-linear"], tuple[str, ...]] = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The policy to train."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["openvla-oft"] = "openvla-oft"
+    checkpoint: str
+    """Folder or Hub id; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration)."""
+    unnorm_key: Optional[str] = None
+    """Which action statistics of the checkpoint to use; needed when it has several."""
+    lora: Optional[Lora] = None
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts whose weights do not change."""
+    value: Literal["chunk", "action"] = "chunk"
+    """One value per chunk, or one per action of the chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmstart:
+    """Behaviour cloning on episodes of the simulator's scripted expert, before RL (`vlarl sft` runs this alone)."""
+
+    __pydantic_config__ = STRICT
+    steps: Count
+    """Optimiser steps."""
+    batch: Count = 128
+    learning_rate: Positive = 1e-3
+    lr_warmup: NonNegative = 200
+    weight_decay: Rate = 0.01
+    grad_clip: Positive = 1.0
+    pool: Count = 40000
+    """Samples kept; the oldest are renewed as training goes."""
+    action_noise: Rate = 0.5
+    """Standard deviation of the noise added to the executed (not the learnt) actions, in a third of the chunks."""
+    clumsiness: Fraction = 0.0
+    """Share of demonstrations whose expert misses its aim: the clone is as mediocre as its teachers."""
+    bin_smoothing: Rate = 0.0
+    """Width (bins) of the Gaussian over neighbouring action bins used as the target; 0: one-hot."""
+    log_every: Count = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ppo:
+    """Proximal policy optimisation with a learnt value."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["ppo"] = "ppo"
+    gamma: Fraction = 0.99
+    gae_lambda: Fraction = 0.95
+    clip: tuple[Positive, Positive] = (0.2, 0.28)
+    """Ratio is clipped to [1 - low, 1 + high]."""
+    dual_clip: Optional[Annotated[float, Gt(1)]] = None
+    logprob: Literal["token", "action", "chunk"] = "action"
+    """Granularity of the probability ratio."""
+    bootstrap: Literal["truncation", "always"] = "truncation"
+    """Where V(final observation) replaces the missing future."""
+    normalize_advantage: bool = True
+    value_clip: Optional[Positive] = 0.2
+    huber: Optional[Positive] = 10.0
+    value_coef: Rate = 1.0
+    entropy_coef: Rate = 0.0
+    kl_coef: Rate = 0.0
+    """Weight of the KL to the reference policy (the policy before RL)."""
+    chunks_per_update: Count = 12
+    """Chunks each slot plays per update."""
+    critic_warmup: NonNegative = 4
+    """Updates that train the value head alone, at most."""
+    critic_warmup_until: Fraction = 1.0
+    """Explained variance that ends the critic's warm-up early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """Group-relative policy optimisation: no critic; an episode is judged against others of the same start."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["grpo"] = "grpo"
+    group_size: Annotated[int, Ge(2)] = 8
+    episodes_per_update: Count = 256
+    clip: tuple[Positive, Positive] = (0.2, 0.28)
+    dual_clip: Optional[Annotated[float, Gt(1)]] = None
+    logprob: Literal["token", "action", "chunk"] = "token"
+    filter: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Groups whose success rate lies outside are dropped before the forward pass."""
+    length_norm: bool = True
+    """Weigh every trajectory alike whatever its length."""
+    resample_rounds: NonNegative = 0
+    """Dynamic sampling: at most this many extra rounds of episodes to replace groups without signal."""
+    entropy_coef: Rate = 0.0
+    kl_coef: Rate = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How actions are sampled while training."""
+
+    __pydantic_config__ = STRICT
+    temperature: Positive = 1.0
+    top_k: NonNegative = 0
+    """0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The optimiser."""
+
+    __pydantic_config__ = STRICT
+    updates: NonNegative = 100
+    epochs: Count = 1
+    minibatches: Count = 4
+    """Optimiser steps per epoch."""
+    microbatch: Count = 128
+    """Samples per forward pass on one rank; gradients are accumulated over as many as needed."""
+    learning_rate: Positive = 1e-4
+    value_learning_rate: Positive = 1e-3
+    lr_warmup: NonNegative = 10
+    """Updates over which the policy's learning rate rises (after the critic's warm-up)."""
+    lr_decay: bool = False
+    """Linear decay to a tenth over the run."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-5
+    weight_decay: Rate = 0.0
+    grad_clip: Positive = 1.0
+    activation_checkpointing: bool = False
+    logprob_gap_limit: Positive = 0.05
+    """The run stops before the first optimiser step if rollout and training log-probs differ by more (mean, nats per token)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which ranks simulate, act and learn."""
+
+    __pydantic_config__ = STRICT
+    mode: Literal["auto", "collocated", "disaggregated", "hybrid"] = "auto"
+    stages: Count = 1
+    """Independent sub-batches, pipelined."""
+    env: Optional[str] = None
+    rollout: Optional[str] = None
+    learner: Optional[str] = None
+    """Number of ranks, or ranges such as `0-3`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluation during and after training."""
+
+    __pydantic_config__ = STRICT
+    every: NonNegative = 0
+    """Updates between evaluations; 0: none during training. The last update is always evaluated when this is not 0."""
+    episodes: Count = 400
+    parallel: Optional[Count] = None
+    """Episodes at once; null: as in training."""
+    temperature: Rate = 0.0
+    """0: greedy."""
+    videos: NonNegative = 4
+    """Videos of successes and of failures to keep, each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is kept on disk."""
+
+    __pydantic_config__ = STRICT
+    every: NonNegative = 25
+    """Updates between checkpoints; 0: only the last."""
+    keep: Count = 2
+    """Latest checkpoints kept; the best one is kept besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is recorded."""
+
+    __pydantic_config__ = STRICT
+    tensorboard: bool = True
+    wandb: bool = False
+    histograms_every: NonNegative = 10
+    video_every: NonNegative = 25
+    """Updates between videos of training episodes; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run of vlarl."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    summary: str = ""
+    """One line for `vlarl recipes`."""
+    seed: NonNegative = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """auto: float32 on CPU, bfloat16 compute with float32 masters on GPU."""
+    ranks: Optional[Count] = None
+    """Processes; null: one per GPU, or one on a CPU machine."""
+    threads: Optional[Count] = None
+    """CPU threads per rank; null: the cores shared out evenly."""
+    stall_seconds: Positive = 600.0
+    """A rank that reports nothing for so long ends the run."""
+    env: Env = field(default_factory=Env)
+    policy: Policy
+    warmstart: Optional[Warmstart] = None
+    algorithm: Union[Ppo, Grpo] = field(default_factory=Ppo)
+    rollout: Rollout = field(default_factory=Rollout)
+    update: Update = field(default_factory=Update)
+    placement: Placement = field(default_factory=Placement)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)

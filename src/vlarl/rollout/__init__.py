@@ -1,0 +1,1 @@
+"""Rollout: from episodes to trajectories."""

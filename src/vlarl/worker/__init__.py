@@ -1,0 +1,1 @@
+"""The worker rank: entry, set-up and the training loop."""
