@@ -49,23 +49,39 @@ class ActionChunk:
 
 
 @dataclass(frozen=True)
-class EnvStep:
-    """Result of one action chunk in B slots, and the observation to act on next.
+class ChunkResult:
+    """What a simulator answers to one chunk of actions in B slots.
 
-    obs: after refilling: a slot whose episode ended already shows its next episode's first frame.
     reward_BK float32, terminated_BK, truncated_BK bool: per action; flags only at the episode's last action.
     valid_BK bool: False for actions not executed because the episode had ended (or the slot was idle).
-    success_B bool: the episode that was acted in ended in success during this chunk.
-    episode: B specs that `obs` belongs to; None for a slot that has no episode left. chunk_index_B int64: chunks already
-    played in it. final_index int64 (F,): slots whose episode ended; final_obs: their last frames, F rows (None when F = 0).
+    success_B bool: the episode that was acted in ended in success during this chunk. Idle slots: all zero and False.
     """
 
-    obs: Observation
     reward_BK: Tensor
     terminated_BK: Tensor
     truncated_BK: Tensor
     valid_BK: Tensor
     success_B: Tensor
+
+    @staticmethod
+    def nothing(slots: int, chunk: int) -> ChunkResult:
+        """The result of no action at all."""
+        flags = torch.zeros(slots, chunk, dtype=torch.bool)
+        return ChunkResult(torch.zeros(slots, chunk), flags, flags, flags, torch.zeros(slots, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class EnvStep:
+    """Result of one action chunk in B slots, and the observation to act on next.
+
+    obs: after refilling: a slot whose episode ended already shows its next episode's first frame; rows of idle slots are black.
+    result: of the chunk just played.
+    episode: B specs that `obs` belongs to; None for a slot that has no episode left. chunk_index_B int64: chunks already
+    played in it. final_index int64 (F,): slots whose episode ended; final_obs: their last frames, F rows (None when F = 0).
+    """
+
+    obs: Observation
+    result: ChunkResult
     episode: tuple[EpisodeSpec | None, ...]
     chunk_index_B: Tensor
     final_index: Tensor
