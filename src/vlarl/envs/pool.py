@@ -47,7 +47,9 @@ class EnvPool(Protocol):
 class LocalPool:
     """EnvPool over simulators of this process, one per stage."""
 
-    def __init__(self, envs: Sequence[BatchedEnv], first_slot: int, slots_per_stage: int, chunk: int, feed: Feed, final_frames: FinalFrames) -> None:
+    def __init__(
+        self, envs: Sequence[BatchedEnv], first_slot: int, slots_per_stage: int, chunk: int, feed: Feed, final_frames: FinalFrames
+    ) -> None:
         """`envs[s]` has `slots_per_stage` slots and plays the global slots from first_slot + s * slots_per_stage on.
 
         final_frames: which ended episodes' last frames are rendered (a critic bootstraps from them).

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class EnvSpec:
     """
 
     name: str
-    tasks: Tuple[str, ...]
+    tasks: tuple[str, ...]
     views: int
     height: int
     width: int

@@ -1,8 +1,8 @@
-"""Owns PlacementPlan: the frozen, versioned record of everything derived from a recipe. Torch-free; with the recipe, all that a rank reads."""
+"""Owns PlacementPlan: the frozen, versioned record of all that is derived from a recipe. Torch-free; ranks read it and the recipe only."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 PLAN_VERSION = 1
 Role = Literal["env", "rollout", "learner"]
@@ -86,4 +86,4 @@ class PlacementPlan:
     update: UpdatePlan
     memory: tuple[MemoryRow, ...]
     equation: str
-    capacity_bytes: Optional[int]
+    capacity_bytes: int | None

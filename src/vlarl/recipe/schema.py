@@ -6,7 +6,7 @@ a recipe states intent only: everything derivable is derived in `plan`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
@@ -49,7 +49,7 @@ class Lora:
     rank: Count = 32
     alpha: Count = 32
     dropout: Fraction = 0.0
-    targets: Union[Literal["all-linear"], tuple[str, ...]] = "all-linear"
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class Policy:
     kind: Literal["openvla-oft"] = "openvla-oft"
     checkpoint: str
     """Folder or Hub id; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration)."""
-    unnorm_key: Optional[str] = None
+    unnorm_key: str | None = None
     """Which action statistics of the checkpoint to use; needed when it has several."""
-    lora: Optional[Lora] = None
+    lora: Lora | None = None
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
     """Parts whose weights do not change."""
     value: Literal["chunk", "action"] = "chunk"
@@ -102,14 +102,14 @@ class Ppo:
     gae_lambda: Fraction = 0.95
     clip: tuple[Positive, Positive] = (0.2, 0.28)
     """Ratio is clipped to [1 - low, 1 + high]."""
-    dual_clip: Optional[Annotated[float, Gt(1)]] = None
+    dual_clip: Annotated[float, Gt(1)] | None = None
     logprob: Literal["token", "action", "chunk"] = "action"
     """Granularity of the probability ratio."""
     bootstrap: Literal["truncation", "always"] = "truncation"
     """Where V(final observation) replaces the missing future."""
     normalize_advantage: bool = True
-    value_clip: Optional[Positive] = 0.2
-    huber: Optional[Positive] = 10.0
+    value_clip: Positive | None = 0.2
+    huber: Positive | None = 10.0
     value_coef: Rate = 1.0
     entropy_coef: Rate = 0.0
     kl_coef: Rate = 0.0
@@ -131,7 +131,7 @@ class Grpo:
     group_size: Annotated[int, Ge(2)] = 8
     episodes_per_update: Count = 256
     clip: tuple[Positive, Positive] = (0.2, 0.28)
-    dual_clip: Optional[Annotated[float, Gt(1)]] = None
+    dual_clip: Annotated[float, Gt(1)] | None = None
     logprob: Literal["token", "action", "chunk"] = "token"
     filter: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Groups whose success rate lies outside are dropped before the forward pass."""
@@ -187,9 +187,9 @@ class Placement:
     mode: Literal["auto", "collocated", "disaggregated", "hybrid"] = "auto"
     stages: Count = 1
     """Independent sub-batches, pipelined."""
-    env: Optional[str] = None
-    rollout: Optional[str] = None
-    learner: Optional[str] = None
+    env: str | None = None
+    rollout: str | None = None
+    learner: str | None = None
     """Number of ranks, or ranges such as `0-3`."""
 
 
@@ -201,7 +201,7 @@ class Eval:
     every: NonNegative = 0
     """Updates between evaluations; 0: none during training. The last update is always evaluated when this is not 0."""
     episodes: Count = 400
-    parallel: Optional[Count] = None
+    parallel: Count | None = None
     """Episodes at once; null: as in training."""
     temperature: Rate = 0.0
     """0: greedy."""
@@ -244,16 +244,16 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """auto: float32 on CPU, bfloat16 compute with float32 masters on GPU."""
-    ranks: Optional[Count] = None
+    ranks: Count | None = None
     """Processes; null: one per GPU, or one on a CPU machine."""
-    threads: Optional[Count] = None
+    threads: Count | None = None
     """CPU threads per rank; null: the cores shared out evenly."""
     stall_seconds: Positive = 600.0
     """A rank that reports nothing for so long ends the run."""
     env: Env = field(default_factory=Env)
     policy: Policy
-    warmstart: Optional[Warmstart] = None
-    algorithm: Union[Ppo, Grpo] = field(default_factory=Ppo)
+    warmstart: Warmstart | None = None
+    algorithm: Ppo | Grpo = field(default_factory=Ppo)
     rollout: Rollout = field(default_factory=Rollout)
     update: Update = field(default_factory=Update)
     placement: Placement = field(default_factory=Placement)
