@@ -4,6 +4,7 @@ Shape legend: T frames, H W C image (RGB, uint8 0..255).
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
 from pathlib import Path
@@ -77,6 +78,7 @@ def write_mp4(path: Path, frames_THWC: Tensor | Frames, fps: int) -> None:
             container.mux(stream.encode())
         draft.replace(path)
     except OSError as error:  # PyAV's errors of the disk are OSErrors too
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         hint = "Free some space, or set eval.videos and log.video_every to 0."
         raise MachineError(f"Cannot write {path}: {error.strerror or error}.", hint) from error

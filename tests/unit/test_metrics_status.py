@@ -1,0 +1,41 @@
+"""status.json and heartbeats: complete, strict, and no more often than needed."""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vlarl.metrics import status as status_module
+from vlarl.metrics.status import Heartbeat, write_status
+
+
+def test_status_has_every_field_and_no_nan(tmp_path: Path) -> None:
+    write_status(tmp_path, phase="starting", update=0, updates=90)
+    write_status(tmp_path, phase="update", update=3, updates=9, frames_per_second=math.nan, success=0.5, episodes=40, eta_seconds=12.0, line="x")
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+    assert json.loads((tmp_path / "status.json").read_text(), parse_constant=pytest.fail) == {
+        "phase": "update",
+        "update": 3,
+        "updates": 9,
+        "frames_per_second": None,
+        "success": 0.5,
+        "episodes": 40,
+        "eta_seconds": 12.0,
+        "line": "x",
+    }
+
+
+def test_heartbeat_writes_new_phases_at_once_and_old_ones_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(status_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(status_module.time, "time", lambda: now[0])
+    heart = Heartbeat(tmp_path, rank=1)
+    seen = []
+    for seconds, phase in [(0.0, "rollout"), (0.1, "rollout"), (0.1, "update"), (0.4, "update"), (0.2, "update")]:
+        now[0] += seconds
+        heart.beat(phase)
+        beat = json.loads((tmp_path / "heartbeat" / "rank1.json").read_text())
+        seen.append((beat["phase"], round(beat["time"], 3)))
+    assert seen == [("rollout", 100.0), ("rollout", 100.0), ("update", 100.2), ("update", 100.2), ("update", 100.8)]
