@@ -1,0 +1,140 @@
+"""Owns a checkpoint's place and proof on disk: folder names, manifest, latest, best, prune. Stdlib only, so every process may ask.
+
+    run_dir/checkpoints/update-000025/{policy/, state/, ranks/rank0.pt..., manifest.json}
+    run_dir/checkpoints/best -> update-000025
+
+A folder appears under its final name only once complete (it is written as `NAME.tmp` and renamed), and its manifest lists every file.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vlarl.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+BEST = "best"
+_PREFIX = "update-"
+_TEMPORARY = ".tmp"
+
+
+def checkpoint_folder(run_dir: Path, update: int) -> Path:
+    """Where the checkpoint taken after `update` optimiser updates belongs."""
+    return run_dir / "checkpoints" / f"{_PREFIX}{update:06d}"
+
+
+def temporary(folder: Path) -> Path:
+    """The name under which `folder` is written before it is complete."""
+    return folder.with_name(folder.name + _TEMPORARY)
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{path relative to `folder`: {bytes, sha256}} of every file but the manifest, in name order."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder. Raises CheckpointError if there is none, or it is not a finished checkpoint's."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {folder}.", "List the run's checkpoints/ folder for those that exist.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        message = f"{folder} is not a checkpoint: it has no {MANIFEST}."
+        raise CheckpointError(message, "Give a folder such as RUN/checkpoints/best.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.", "Use another checkpoint of the run.") from error
+    if not isinstance(manifest, dict) or manifest.get("complete") is not True:
+        raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a complete checkpoint.", "Use another checkpoint of the run.")
+    if manifest.get("format") != FORMAT:
+        message = f"{folder} has checkpoint format {manifest.get('format')}, expected {FORMAT}."
+        raise CheckpointError(message, "Load it with the vlarl that wrote it.")
+    return manifest
+
+
+def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
+    """Compare the files with the manifest: sizes, and contents if `hashes`. Returns it; CheckpointError names the first misfit."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            problem = f"has {size} bytes, expected {expected['bytes']}"
+        elif hashes and _sha256(path) != expected["sha256"]:
+            problem = "has other contents than were written"
+        else:
+            continue
+        message = f"The checkpoint {folder} is damaged: {name} {problem}."
+        raise CheckpointError(message, "Use another checkpoint of the run, or copy it again.")
+    return manifest
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's finished checkpoints, oldest first."""
+    found = [p for p in (run_dir / "checkpoints").glob(f"{_PREFIX}*") if _update(p).isdigit() and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(_update(p)))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint; None if there is none."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint marked best; None if none is."""
+    link = run_dir / "checkpoints" / BEST
+    return link.resolve() if link.is_dir() else None
+
+
+def mark_best(folder: Path) -> None:
+    """Point `best` beside `folder` to it (a relative link, so the run folder can be moved), atomically."""
+    link = folder.parent / (BEST + _TEMPORARY)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name, target_is_directory=True)
+    os.replace(link, folder.parent / BEST)
+    sync(folder.parent)
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Delete all finished checkpoints but the newest `keep` (>= 1) and the best, and unfinished leftovers. Returns the deleted ones."""
+    assert keep >= 1, "the newest checkpoint is what a run resumes from"
+    protected = best(run_dir)
+    doomed = [p for p in checkpoints(run_dir)[:-keep] if protected is None or p.resolve() != protected]
+    for folder in doomed:
+        folder.rename(temporary(folder))  # never leaves a half-deleted folder under a finished one's name
+    for leftover in (run_dir / "checkpoints").glob(f"{_PREFIX}*{_TEMPORARY}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return doomed
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and itself."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def _update(folder: Path) -> str:
+    return folder.name.removeprefix(_PREFIX)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

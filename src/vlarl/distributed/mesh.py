@@ -1,0 +1,103 @@
+"""Owns the process groups: one World per process, set up from torchrun's environment, or alone without any port."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vlarl.errors import MachineError, PlanError, WorkerError
+from vlarl.plan.placement import PlacementPlan
+
+LEARNER_AXIS = "learner"
+
+
+@dataclass(frozen=True)
+class World:
+    """What a rank knows of its peers.
+
+    rank, world_size: in the torchrun world. device: this rank's. learner: 1-D mesh (axis `learner`) over which weights are sharded
+    and gradients summed. control: gloo group over all ranks for small CPU objects, apart from the tensor traffic.
+    timeout_seconds: how long any wait for a peer may last.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    learner: DeviceMesh
+    control: dist.ProcessGroup
+    timeout_seconds: float
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def init_world(plan: PlacementPlan, timeout_seconds: float = 600.0) -> World:
+    """Join the plan's ranks; collective. Sets the default device (CUDA) and torch's thread count.
+
+    Reads RANK and WORLD_SIZE as torchrun sets them; without them this is the only process, and no port is opened to find peers.
+    Raises PlanError if the plan has another number of ranks, MachineError if its device is absent, WorkerError if peers do not come.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != len(plan.ranks):
+        raise PlanError(
+            f"The plan has {len(plan.ranks)} ranks, but {world_size} process(es) were started.",
+            f"Start it with torchrun and {len(plan.ranks)} processes, or set `ranks: {world_size}` in the recipe.",
+        )
+    rank_plan = plan.ranks[rank]
+    device = _claim_device(rank_plan.device)
+    torch.set_num_threads(rank_plan.threads)
+    if plan.workers.nnodes == 1:
+        _use_loopback()
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        dist.init_process_group(
+            plan.workers.backend,
+            store=None if "RANK" in os.environ else dist.HashStore(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        learners = [r.rank for r in plan.ranks if "learner" in r.roles]
+        learner = _learner_mesh(device, learners, world_size)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        raise WorkerError(f"Rank {rank} of {world_size} could not join the others within {timeout_seconds:.0f} s: {error}") from error
+    return World(rank, world_size, device, learner, control, timeout_seconds)
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call when none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _claim_device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda":
+        index, count = device.index or 0, torch.cuda.device_count()
+        if index >= count:
+            message = f"The plan places a rank on {name}, but this machine has {count} CUDA device(s)."
+            raise MachineError(message, "Plan again on this machine.")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _learner_mesh(device: torch.device, learners: list[int], world_size: int) -> DeviceMesh:
+    if learners == list(range(world_size)):
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=(LEARNER_AXIS,))  # shares the default group
+    return DeviceMesh(device.type, learners, mesh_dim_names=(LEARNER_AXIS,))
+
+
+def _use_loopback() -> None:
+    """One node needs no network: gloo would otherwise look up the host's name, which fails in many containers."""
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,0 +1,55 @@
+"""Owns the optimiser: AdamW over two parameter groups (policy, value), and the learning-rate schedule as a pure function."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+VALUE_PREFIX = "value_head."
+
+
+def build_optimizer(
+    module: nn.Module,
+    learning_rate: float,
+    value_learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) over the trainable parameters: group `value` (`value_head.*`) and group `policy` (the rest).
+
+    A group without trainable parameters is left out. Call after sharding. Moments exist from the start (zeros), so memory
+    is claimed at once and a checkpoint always has the same entries.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"name": "policy", "lr": learning_rate, "params": [p for name, p in trainable if not name.startswith(VALUE_PREFIX)]},
+        {"name": "value", "lr": value_learning_rate, "params": [p for name, p in trainable if name.startswith(VALUE_PREFIX)]},
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+    for _, p in trainable:
+        # A parameter that has had no gradient yet (value head under GRPO, trunk during the critic's warm-up) starts at step 0.
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def learning_rate_at(update: int, base: float, start: int, warmup: int, updates: int, decay: bool) -> float:
+    """Learning rate of update `update` (from 0).
+
+    0 before `start` (the critic's warm-up); then a linear rise to `base`, reached on the `warmup`-th update (at once for warmup 0 or 1);
+    with `decay`, times a line from 1 at `start` to 0.1 at the last update, `updates` - 1.
+    """
+    if update < start:
+        return 0.0
+    age = update - start
+    rate = base * min(1.0, (age + 1) / max(warmup, 1))
+    if decay:
+        rate *= 1.0 - 0.9 * min(1.0, age / max(updates - 1 - start, 1))
+    return rate
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, policy: float, value: float) -> None:
+    """Set the rates of both groups (a group that the optimiser lacks is skipped)."""
+    rates = {"policy": policy, "value": value}
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
