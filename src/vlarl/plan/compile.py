@@ -1,0 +1,285 @@
+"""Owns the step from intent to numbers: recipe, cluster, policy and simulator give a PlacementPlan. Pure; all clashes are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from vlarl.envs.spec import EnvSpec
+from vlarl.errors import PlanError
+from vlarl.plan.cluster import Cluster
+from vlarl.plan.memory import Job, Sizes, estimate, phase_bytes
+from vlarl.plan.placement import PLAN_VERSION, MemoryRow, PlacementPlan, RankPlan, RolloutPlan, UpdatePlan, WorkerGroup
+from vlarl.policies.spec import PolicySpec
+from vlarl.recipe.rules import Clash, line_order, multiples_near, sentence
+from vlarl.recipe.schema import Grpo, Ppo, Recipe
+
+MEMORY_MARGIN = 0.92  # share of a device that may be planned for; the rest is fragmentation
+ROLES = ("env", "rollout", "learner")
+
+
+def compile_plan(
+    recipe: Recipe, cluster: Cluster, policy: PolicySpec, env: EnvSpec, job: Job = "train", origins: Mapping[str, str] | None = None
+) -> PlacementPlan:
+    """Everything derived. Raises PlanError with every rule that recipe, policy, simulator and cluster break together.
+
+    origins: dotted field -> where it was written, for the messages.
+    """
+    ranks = rank_count(recipe, cluster)
+    clashes = _cluster_clashes(recipe, cluster, ranks) + _fit_clashes(recipe, policy, env)
+    if job != "eval":
+        clashes += _batch_clashes(recipe, ranks, -(-env.horizon // policy.chunk))
+    clashes += _slot_clashes(recipe, ranks, job)
+    if clashes:
+        raise PlanError(_listed([sentence(c, recipe, origins or {}) for c in clashes]))
+    dtype = compute_dtype(recipe, cluster)
+    rollout = _rollout_plan(recipe, policy, env)
+    update = _update_plan(recipe, rollout, ranks)
+    sizes = Sizes(ranks, recipe.env.parallel // ranks, dtype, cluster.device)
+    memory = estimate(recipe, policy, env, rollout, update, sizes, job)
+    capacity = _capacity(cluster, ranks)
+    _check_memory(memory, capacity, recipe, cluster)
+    return PlacementPlan(
+        version=PLAN_VERSION,
+        name=recipe.name,
+        mode="collocated",
+        reason=_reason(recipe, cluster, ranks),
+        seed=recipe.seed,
+        dtype=dtype,
+        workers=WorkerGroup(cluster.nodes, ranks // cluster.nodes, "nccl" if cluster.device == "cuda" else "gloo"),
+        ranks=_rank_plans(recipe, cluster, ranks),
+        rollout=rollout,
+        update=update,
+        memory=memory,
+        equation=_equation(recipe, ranks, rollout, update),
+        capacity_bytes=capacity,
+    )
+
+
+def rank_count(recipe: Recipe, cluster: Cluster) -> int:
+    """Processes over all nodes: as the recipe says, else one per GPU, else one."""
+    return recipe.ranks or cluster.nodes * max(1, cluster.devices_per_node)
+
+
+def compute_dtype(recipe: Recipe, cluster: Cluster) -> Literal["float32", "float64", "bfloat16"]:
+    """auto: bfloat16 on GPUs; float32 on CPUs, where bfloat16 without matrix instructions is ten times slower."""
+    if recipe.dtype == "auto":
+        return "bfloat16" if cluster.device == "cuda" else "float32"
+    return recipe.dtype
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _cluster_clashes(recipe: Recipe, cluster: Cluster, ranks: int) -> list[Clash]:
+    found = []
+    if recipe.placement.mode in ("disaggregated", "hybrid"):
+        found.append(Clash("placement.mode", "this version of vlarl runs collocated placements only. Use auto or collocated."))
+    if cluster.device == "cuda" and ranks > cluster.nodes * cluster.devices_per_node:
+        gpus = cluster.nodes * cluster.devices_per_node
+        found.append(
+            Clash("ranks", f"there are {gpus} GPUs, and a rank needs one of its own. Use at most {gpus}, or device: cpu.", ("device",))
+        )
+    if ranks % cluster.nodes:
+        found.append(Clash("ranks", f"does not spread evenly over {cluster.nodes} nodes. Use {multiples_near(ranks, cluster.nodes)}."))
+    per_node = -(-ranks // cluster.nodes)
+    if recipe.threads and recipe.threads * per_node > cluster.cores:
+        rule = (
+            f"{per_node} ranks of {recipe.threads} threads want {per_node * recipe.threads} cores and there are {cluster.cores}; "
+            f"oversubscribed cores are ten times slower. Use at most {max(1, cluster.cores // per_node)}, or null."
+        )
+        found.append(Clash("threads", rule, ("ranks",)))
+    return found
+
+
+def _slot_clashes(recipe: Recipe, ranks: int, job: Job) -> list[Clash]:
+    """Slots split evenly over ranks and stages; a GRPO group stays on one rank and in one stage."""
+    parallel, stages = recipe.env.parallel, recipe.placement.stages
+    group = recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) and job != "eval" else 1
+    found = []
+    if parallel % ranks:
+        rule = f"{parallel} parallel episodes do not split over {ranks} ranks. Use {multiples_near(parallel, ranks * stages * group)}."
+        found.append(Clash("env.parallel", rule, ("ranks",)))
+    elif (parallel // ranks) % stages:
+        fits = [s for s in range(1, min(parallel // ranks, 16) + 1) if (parallel // ranks) % (s * group) == 0]
+        rule = (
+            f"{parallel} parallel envs on {ranks} rank{'s' if ranks > 1 else ''} do not split into {stages} stages. "
+            f"Use {_either(fits)}, or set env.parallel to {multiples_near(parallel, ranks * stages * group)}."
+        )
+        found.append(Clash("placement.stages", rule, ("env.parallel", "ranks")))
+    elif group > 1 and (parallel // ranks // stages) % group:
+        part = parallel // ranks // stages
+        fits = [g for g in range(2, part + 1) if part % g == 0][-4:]
+        rule = (
+            f"a group stays on one rank and in one stage, and each of {ranks} x {stages} holds {part} of {parallel} parallel episodes. "
+            f"Use {_either(fits) if fits else 'fewer ranks or stages'}, "
+            f"or set env.parallel to {multiples_near(parallel, ranks * stages * group)}."
+        )
+        found.append(Clash("algorithm.group_size", rule, ("env.parallel", "ranks")))
+    if recipe.eval.parallel and recipe.eval.parallel % ranks:
+        rule = f"does not split over {ranks} ranks. Use {multiples_near(recipe.eval.parallel, ranks)}, or null."
+        found.append(Clash("eval.parallel", rule, ("ranks",)))
+    return found
+
+
+def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> list[Clash]:
+    """Policy against simulator."""
+    checkpoint, found = recipe.policy.checkpoint, []
+    if policy.kind != recipe.policy.kind:
+        found.append(Clash("policy.kind", f"{checkpoint} holds a policy of kind {policy.kind}. Set policy.kind to {policy.kind}."))
+    if policy.action_dim != env.action_dim:
+        rule = (
+            f"it emits {policy.action_dim} numbers per action and {env.name} takes {env.action_dim}. Use a policy trained for {env.name}."
+        )
+        found.append(Clash("policy.checkpoint", rule, ("env.simulator",)))
+    if policy.views != env.views:
+        rule = f"{env.name} gives {_views(env.views)} and the policy {checkpoint} takes {_views(policy.views)}. Set env.wrist_camera to "
+        found.append(Clash("env.wrist_camera", rule + ("true." if policy.views > 1 else "false."), ("policy.checkpoint",)))
+    if policy.proprio_dim not in (0, env.state_dim):
+        rule = (
+            f"it reads a state of {policy.proprio_dim} numbers and {env.name} gives {env.state_dim}. Use a policy trained for {env.name}."
+        )
+        found.append(Clash("policy.checkpoint", rule, ("env.simulator",)))
+    if min(env.height, env.width) < policy.image_size:
+        rule = f"the policy {checkpoint} looks at {policy.image_size} pixels; smaller frames would be blown up. Use {policy.image_size}."
+        found.append(Clash("env.image_size", rule, ("policy.checkpoint",)))
+    if policy.chunk > env.horizon:
+        rule = f"shorter than one chunk of the policy ({policy.chunk} actions). Use at least {policy.chunk}."
+        found.append(Clash("env.horizon", rule, ("policy.checkpoint",)))
+    return found
+
+
+def _batch_clashes(recipe: Recipe, ranks: int, chunks_per_episode: int) -> list[Clash]:
+    parallel, found = recipe.env.parallel, []
+    samples = parallel * _chunks_per_slot(recipe, chunks_per_episode)
+    limit = max(1, samples // ranks)
+    if recipe.update.minibatches > limit:
+        rule = (
+            f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}."
+        )
+        found.append(Clash("update.minibatches", rule, ("env.parallel",)))
+    if recipe.warmstart and recipe.warmstart.batch % ranks:
+        rule = f"does not split over {ranks} ranks. Use {multiples_near(recipe.warmstart.batch, ranks)}."
+        found.append(Clash("warmstart.batch", rule, ("ranks",)))
+    return found
+
+
+def _listed(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems\n" + "\n".join(f"  {p}" for p in sorted(problems, key=line_order))
+
+
+def _views(count: int) -> str:
+    return f"{count} camera view" + ("s" if count > 1 else "")
+
+
+def _either(numbers: list[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _chunks_per_slot(recipe: Recipe, chunks_per_episode: int) -> int:
+    """Chunks that a slot plays per update, at most."""
+    if isinstance(recipe.algorithm, Ppo):
+        return recipe.algorithm.chunks_per_update
+    return recipe.algorithm.episodes_per_update // recipe.env.parallel * chunks_per_episode
+
+
+def _rollout_plan(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> RolloutPlan:
+    algorithm, parallel = recipe.algorithm, recipe.env.parallel
+    ppo = isinstance(algorithm, Ppo)
+    return RolloutPlan(
+        parallel=parallel,
+        stages=recipe.placement.stages,
+        chunk_steps=algorithm.chunks_per_update if isinstance(algorithm, Ppo) else 0,
+        episodes_per_slot=0 if isinstance(algorithm, Ppo) else algorithm.episodes_per_update // parallel,
+        chunks_per_episode=-(-env.horizon // policy.chunk),
+        group_size=1 if ppo else algorithm.group_size,  # type: ignore[union-attr]
+    )
+
+
+def _update_plan(recipe: Recipe, rollout: RolloutPlan, ranks: int) -> UpdatePlan:
+    """A minibatch takes an even share of every slot's chunks, so a rank's part is at most slots x ceil(chunks / minibatches)."""
+    chunks = _chunks_per_slot(recipe, rollout.chunks_per_episode)
+    minibatches = recipe.update.minibatches
+    rank_samples = rollout.parallel // ranks * -(-chunks // minibatches)
+    microbatch = min(recipe.update.microbatch, rank_samples)
+    return UpdatePlan(
+        samples=rollout.parallel * chunks,
+        epochs=recipe.update.epochs,
+        minibatches=minibatches,
+        minibatch_samples=-(-rollout.parallel * chunks // minibatches),
+        microbatch=microbatch,
+        accumulation=-(-rank_samples // microbatch),
+    )
+
+
+def _equation(recipe: Recipe, ranks: int, rollout: RolloutPlan, update: UpdatePlan) -> str:
+    slots = f"ranks ({ranks}) x slots ({rollout.parallel // ranks})"
+    if isinstance(recipe.algorithm, Ppo):
+        left = f"{slots} x chunks ({rollout.chunk_steps}) = {update.samples} samples"
+    else:
+        left = (
+            f"{slots} x episodes ({rollout.episodes_per_slot}) x chunks (<= {rollout.chunks_per_episode}) "
+            f"= at most {update.samples} samples "
+            f"in {rollout.parallel * rollout.episodes_per_slot // rollout.group_size} groups of {rollout.group_size}"
+        )
+    rank_part = -(-update.minibatch_samples // ranks)
+    passes = f"{update.accumulation} forward pass" + ("es" if update.accumulation > 1 else "")
+    right = f"{update.minibatches} minibatches of {update.minibatch_samples}; per rank {rank_part}, in {passes} of <= {update.microbatch}"
+    return f"{left} = {right}; epochs: {update.epochs}"
+
+
+def _rank_plans(recipe: Recipe, cluster: Cluster, ranks: int) -> tuple[RankPlan, ...]:
+    """Rank r holds the r-th contiguous range of global slots, in every role."""
+    per_node, slots = ranks // cluster.nodes, recipe.env.parallel // ranks
+    threads = recipe.threads or max(1, cluster.cores // per_node)
+    plans = []
+    for rank in range(ranks):
+        local = rank % per_node
+        device = f"cuda:{local}" if cluster.device == "cuda" else "cpu"
+        held = (rank * slots, (rank + 1) * slots)
+        plans.append(RankPlan(rank, rank // per_node, local, device, threads, ROLES, held, held, held))  # type: ignore[arg-type]
+    return tuple(plans)
+
+
+def _reason(recipe: Recipe, cluster: Cluster, ranks: int) -> str:
+    where = f"{ranks} rank{'s' if ranks > 1 else ''} on {cluster.device_name}" + (f" ({cluster.reason})" if cluster.reason else "")
+    if recipe.placement.mode == "collocated":
+        return f"collocated, as the recipe asks; {where}"
+    if ranks == 1:
+        return f"collocated: a single rank does everything; {where}"
+    return f"collocated: every rank simulates, acts and learns on its own slots, so nothing waits for another device; {where}"
+
+
+def _capacity(cluster: Cluster, ranks: int) -> int | None:
+    """Memory of one device; of a CPU machine, a rank's share of the host."""
+    if cluster.device == "cuda":
+        return cluster.device_bytes or None
+    return cluster.host_bytes // (ranks // cluster.nodes) or None
+
+
+def _check_memory(memory: tuple[MemoryRow, ...], capacity: int | None, recipe: Recipe, cluster: Cluster) -> None:
+    if capacity is None:
+        return
+    for phase in ("rollout", "update"):
+        need = phase_bytes(memory, phase)
+        if need <= capacity * MEMORY_MARGIN:
+            continue
+        largest = max((r for r in memory if r.phase == phase), key=lambda r: r.bytes)
+        advice = {
+            "activations while": "Lower env.parallel, or use more ranks.",
+            "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
+            "rollout buffer": "Lower env.parallel, or what is collected per update.",
+            "camera frames": "Lower env.parallel or env.image_size.",
+        }
+        fix = next((text for start, text in advice.items() if largest.component.startswith(start)), "Use more ranks or policy.lora.")
+        raise PlanError(
+            f"The {phase} phase needs about {need / 2**30:.1f} GiB per rank, {largest.component} most of all "
+            f"({largest.bytes / 2**30:.1f} GiB), and {cluster.device_name} has {capacity / 2**30:.1f} GiB per rank.",
+            fix,
+        )

@@ -1,0 +1,136 @@
+"""Owns the rules that tie several fields of a recipe together and need neither the machine nor the policy. Torch-free, pure.
+
+Rules that need them are in `plan.compile`; both speak through `Clash`, so every mistake reads the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from vlarl.envs.tabletop.spec import TASKS, VARIATIONS
+from vlarl.recipe.schema import Grpo, Ppo, Recipe
+
+SIMULATOR_TASKS = {"tabletop": tuple(TASKS)}
+SIMULATOR_VARIATIONS = {"tabletop": tuple(VARIATIONS)}
+
+
+@dataclass(frozen=True)
+class Clash:
+    """field: the one to blame, dotted. rule: what is wrong and what to do, full sentences. others: further fields that took part."""
+
+    field: str
+    rule: str
+    others: tuple[str, ...] = ()
+
+
+def sentence(clash: Clash, recipe: Recipe, origins: Mapping[str, str]) -> str:
+    """`field = value (recipe line N): rule`. `origins` maps dotted fields to where they were written; others are defaults."""
+    value: Any = recipe
+    for part in clash.field.split("."):
+        value = getattr(value, part)
+    return f"{clash.field} = {show(value)} ({origins.get(clash.field, 'default')}): {clash.rule}"
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(show(v) for v in value)}]"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def line_order(text: str) -> tuple[int, str]:
+    """Sort key: mistakes in the order in which they stand in the file."""
+    found = re.search(r"line (\d+)", text)
+    return (int(found.group(1)) if found else 10**6, text)
+
+
+def nearest(value: str, known: tuple[str, ...]) -> str:
+    """`Did you mean X?` or the list of what is known."""
+    close = get_close_matches(str(value), known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
+
+
+def multiples_near(value: int, step: int) -> str:
+    """`96 or 128`: the multiples of `step` around `value`, at least one step."""
+    below, above = value // step * step, -(-value // step) * step
+    return " or ".join(str(v) for v in sorted({below, above} - {0}))
+
+
+def recipe_clashes(recipe: Recipe) -> list[Clash]:
+    """Every broken rule among fields of the recipe alone."""
+    return _env(recipe) + _algorithm(recipe) + _update(recipe) + _placement(recipe)
+
+
+def _env(recipe: Recipe) -> list[Clash]:
+    env, found = recipe.env, []
+    known = SIMULATOR_TASKS[env.simulator]
+    for i, task in enumerate(env.tasks):
+        if task not in known:
+            found.append(Clash("env.tasks", f"{env.simulator} has no task {task!r}. {nearest(task, known)}", ("env.simulator",)))
+        if task in env.tasks[:i]:
+            found.append(Clash("env.tasks", f"{task!r} is listed twice. Every task is played equally often; list it once."))
+    variations = SIMULATOR_VARIATIONS[env.simulator]
+    if env.variation not in variations:
+        found.append(
+            Clash("env.variation", f"{env.simulator} has no such variation. {nearest(env.variation, variations)}", ("env.simulator",))
+        )
+    return found
+
+
+def _algorithm(recipe: Recipe) -> list[Clash]:
+    algorithm, found = recipe.algorithm, []
+    if algorithm.clip[0] >= 1:
+        found.append(Clash("algorithm.clip", "the lower clip must be below 1, else the ratio is never clipped from below. Use about 0.2."))
+    if isinstance(algorithm, Grpo):
+        low, high = algorithm.filter
+        if low >= high:
+            found.append(Clash("algorithm.filter", "the lower success rate must be below the upper one, else every group is dropped."))
+        parallel, group = recipe.env.parallel, algorithm.group_size
+        if parallel % group:
+            rule = (
+                f"{parallel} parallel episodes do not split into groups of {group}. Set env.parallel to {multiples_near(parallel, group)}."
+            )
+            found.append(Clash("algorithm.group_size", rule, ("env.parallel",)))
+        elif algorithm.episodes_per_update % parallel:
+            fix = multiples_near(algorithm.episodes_per_update, parallel)
+            rule = f"must be a multiple of env.parallel ({parallel}), so that every slot plays the same number of episodes. Use {fix}."
+            found.append(Clash("algorithm.episodes_per_update", rule, ("env.parallel",)))
+    if isinstance(algorithm, Ppo) and recipe.update.updates and algorithm.critic_warmup >= recipe.update.updates:
+        rule = (
+            f"the critic's warm-up would last all {recipe.update.updates} updates and the policy would never change. "
+            f"Use at most {recipe.update.updates - 1}, or more update.updates."
+        )
+        found.append(Clash("algorithm.critic_warmup", rule, ("update.updates",)))
+    return found
+
+
+def _update(recipe: Recipe) -> list[Clash]:
+    found = []
+    if max(recipe.update.betas) >= 1:
+        found.append(Clash("update.betas", "both must be below 1: Adam's averages would never move. Use 0.9 and 0.95."))
+    if recipe.policy.lora is not None and recipe.policy.lora.targets == ():
+        found.append(Clash("policy.lora.targets", "no module is named. Use all-linear, or list some."))
+    if recipe.update.updates == 0 and recipe.warmstart is None:
+        found.append(Clash("update.updates", "nothing to do: no updates, and no `warmstart` section. Set one of them.", ("warmstart",)))
+    return found
+
+
+def _placement(recipe: Recipe) -> list[Clash]:
+    placement, found = recipe.placement, []
+    if placement.mode in ("auto", "collocated"):
+        for name in ("env", "rollout", "learner"):
+            if getattr(placement, name) is not None:
+                rule = f"ranks per role are for disaggregated and hybrid modes; this is {placement.mode}. Remove it, or change the mode."
+                found.append(Clash(f"placement.{name}", rule, ("placement.mode",)))
+    if recipe.env.parallel % placement.stages:
+        parallel, stages = recipe.env.parallel, placement.stages
+        rule = f"{parallel} parallel episodes do not split into {stages} stages. Set env.parallel to {multiples_near(parallel, stages)}."
+        found.append(Clash("placement.stages", rule, ("env.parallel",)))
+    return found
