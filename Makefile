@@ -1,0 +1,37 @@
+# make quickstart: install, train and evaluate. make test: everything that is checked. Variables: PYTHON, VENV, TORCH_INDEX, OUT, JOBS.
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= runs/quickstart
+JOBS ?= 2
+export PYTHON TORCH_INDEX
+
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+SOURCES := pyproject.toml constraints.txt scripts/install.sh
+
+.PHONY: quickstart install test lint clean
+
+quickstart: $(INSTALLED)
+	$(VENV)/bin/vlarl train recipes/quickstart.yaml --out $(OUT)
+	$(VENV)/bin/vlarl eval --ckpt $(OUT)
+
+install: $(INSTALLED)
+
+# Every test process computes with one thread: tests that spawn ranks would otherwise share the cores with themselves.
+test: $(INSTALLED_DEV) lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(INSTALLED_DEV)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(INSTALLED): $(SOURCES)
+	scripts/install.sh $(VENV)
+	touch $@
+
+$(INSTALLED_DEV): $(SOURCES)
+	scripts/install.sh $(VENV) dev
+	touch $@ $(INSTALLED)
