@@ -1,0 +1,210 @@
+"""Owns the policy folder's JSON files: config.json, dataset_statistics.json, where a policy is found. Torch-free; the planner reads it."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from vlarl.errors import CheckpointError
+from vlarl.policies.spec import PolicySpec
+from vlarl.policies.towers import tower_shape
+
+Normalization = Literal["quantiles", "bounds"]
+PROMPT_TOKENS = 24  # of a usual prompt with Llama's tokenizer, for estimates only
+LLAMA_BLANK = 29871  # the lone "▁" of Llama's vocabulary
+# LlamaConfig's own defaults: published config.json files name four fields only.
+LLAMA_DEFAULTS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+EXTRAS = ("kind", "chunk", "action_dim", "views", "proprio_dim", "stop_token", "normalization", "epsilon", "blank_id", "value_outputs")
+
+
+@dataclass(frozen=True)
+class OpenVLAConfig:
+    """config.json, read as data.
+
+    tower_ids, image_sizes: one or two (DINOv2, SigLIP). text: LlamaConfig fields, as written. chunk (K), action_dim (A), views,
+    proprio_dim: as in PolicySpec. stop_token: whether the sequence ends with the stop token. normalization: actions scaled by q01/q99 or min/max;
+    epsilon: whether un-normalising adds 1e-8 to the range. blank_id: token that ends every prompt. value_outputs: of the stored value
+    head, 0 where there is none. raw: the file as it is, for saving.
+    """
+
+    kind: str
+    tower_ids: tuple[str, ...]
+    image_sizes: tuple[int, ...]
+    text: dict[str, Any]
+    pad_to_multiple_of: int
+    action_bins: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    chunk: int
+    action_dim: int
+    views: int
+    proprio_dim: int
+    stop_token: bool
+    normalization: Normalization
+    epsilon: bool
+    blank_id: int
+    value_outputs: int
+    raw: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text["vocab_size"])
+
+    @property
+    def action_low(self) -> int:
+        """Id of the first action token; the last is action_low + action_bins - 1 = vocab_size - pad_to_multiple_of - 1."""
+        return self.vocab_size - self.pad_to_multiple_of - self.action_bins
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of one forward pass with a usual prompt."""
+        patches = tower_shape(self.tower_ids[0]).patches(self.image_sizes[0]) * self.views
+        return patches + PROMPT_TOKENS + self.chunk * self.action_dim + int(self.stop_token)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored parameters, value head apart."""
+        shapes = [tower_shape(name) for name in self.tower_ids]
+        vision = sum(s.width for s in shapes)
+        text = {**LLAMA_DEFAULTS, **self.text}
+        hidden, mlp = text["hidden_size"], text["intermediate_size"]
+        kv_heads = text["num_key_value_heads"] if "num_key_value_heads" in text else text["num_attention_heads"]
+        key_value = 2 * hidden * (hidden // text["num_attention_heads"]) * kv_heads
+        llama = text["num_hidden_layers"] * (2 * hidden * hidden + key_value + 3 * hidden * mlp + 2 * hidden) + hidden
+        llama += 2 * self.vocab_size * hidden
+        if len(shapes) == 2:
+            projector = (vision * 4 * vision + 4 * vision) + (4 * vision * hidden + hidden) + (hidden * hidden + hidden)
+        else:
+            projector = (vision * hidden + hidden) + (hidden * hidden + hidden)
+        return llama + projector + sum(s.parameters(size) for s, size in zip(shapes, self.image_sizes, strict=True))
+
+
+def resolve_folder(source: str) -> tuple[Path, bool]:
+    """Where a policy lies, and whether its weights are to be drawn afresh.
+
+    `bundled:NAME`: shipped with vlarl. `scratch:NAME`: a shipped configuration with random weights. Else a folder.
+    """
+    for prefix in ("bundled:", "scratch:"):
+        if source.startswith(prefix):
+            assets = Path(str(resources.files("vlarl"))) / "assets"
+            folder = assets / source.removeprefix(prefix)
+            if not (folder / "config.json").is_file():
+                known = sorted(p.parent.name for p in assets.glob("*/config.json"))
+                raise CheckpointError(f"{source}: no such policy is shipped.", f"Shipped: {', '.join(known)}.")
+            return folder, prefix == "scratch:"
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{source}: there is no such policy folder.", "Give a folder, bundled:NAME or scratch:NAME.")
+    return folder, False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError where the file is missing, cut short or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the policy folder lacks this file.", "Is it a policy in the Hub layout?") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}.", "The file may have been cut short; copy it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def read_statistics(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Normalisation statistics by dataset: dataset_statistics.json replaces config.json's norm_stats."""
+    path = folder / "dataset_statistics.json"
+    statistics = read_json(path) if path.is_file() else raw.get("norm_stats", {})
+    if not statistics:
+        raise CheckpointError(f"{folder}: neither dataset_statistics.json nor norm_stats in config.json: actions cannot be un-normalised.")
+    return cast("dict[str, Any]", statistics)
+
+
+def choose_unnorm_key(statistics: dict[str, Any], wanted: str | None, where: str) -> str:
+    """The named key (or its `_no_noops` form), or the only one. Several without a choice are an error that lists them."""
+    if wanted is None:
+        if len(statistics) == 1:
+            return next(iter(statistics))
+        raise CheckpointError(
+            f"{where}: {len(statistics)} sets of action statistics and none chosen: {', '.join(sorted(statistics))}.",
+            "Set policy.unnorm_key to one of them.",
+        )
+    for key in (wanted, f"{wanted}_no_noops"):
+        if key in statistics:
+            return key
+    known = ", ".join(sorted(statistics))
+    raise CheckpointError(f"{where}: policy.unnorm_key = {wanted!r} is not among its action statistics.", f"Known: {known}.")
+
+
+def read_config(folder: Path) -> OpenVLAConfig:
+    """config.json of a policy folder; vlarl's own settings lie under its key "vlarl", published checkpoints get the usual ones."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    needed = ("timm_model_ids", "image_sizes", "text_config", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
+    missing = [key for key in needed if key not in raw]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}.", "Is it an OpenVLA checkpoint?")
+    extras = _published_extras(folder, raw) if "vlarl" not in raw else dict(raw["vlarl"])
+    wrong = sorted(set(EXTRAS) ^ set(extras))
+    if wrong:
+        raise CheckpointError(f'{path}: "vlarl" must hold exactly {", ".join(EXTRAS)}; differs in {", ".join(wrong)}.')
+    text = dict(raw["text_config"])
+    text["vocab_size"] = {**LLAMA_DEFAULTS, **text}["vocab_size"]
+    return OpenVLAConfig(
+        tower_ids=tuple(raw["timm_model_ids"]),
+        image_sizes=tuple(raw["image_sizes"]),
+        text=text,
+        pad_to_multiple_of=raw["pad_to_multiple_of"],
+        action_bins=raw["n_action_bins"],
+        pad_id=raw["pad_token_id"],
+        bos_id=text.get("bos_token_id", 1),
+        eos_id=text.get("eos_token_id", 2),
+        raw=raw,
+        **extras,
+    )
+
+
+def _published_extras(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The OFT authors' LIBERO settings (chunk of 8, stop token, quantiles with epsilon); the statistics give the action's length."""
+    statistics = read_statistics(folder, raw)
+    action = next(iter(statistics.values()))["action"]
+    return {
+        "kind": "openvla-oft",
+        "chunk": 8,
+        "action_dim": len(action["q01"]),
+        "views": 1,
+        "proprio_dim": 0,
+        "stop_token": True,
+        "normalization": "quantiles",
+        "epsilon": True,
+        "blank_id": LLAMA_BLANK,
+        "value_outputs": 0,
+    }
+
+
+def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
+    """The planner's view of a policy."""
+    text = {**LLAMA_DEFAULTS, **config.text}
+    return PolicySpec(
+        kind=config.kind,
+        image_size=config.image_sizes[0],
+        views=config.views,
+        chunk=config.chunk,
+        action_dim=config.action_dim,
+        proprio_dim=config.proprio_dim,
+        unnorm_key=unnorm_key,
+        parameters=config.parameters,
+        hidden_size=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        sequence_length=config.sequence_length,
+    )
+
+
+def read_policy_spec(source: str, unnorm_key: str | None = None) -> PolicySpec:
+    """PolicySpec of a folder, `bundled:NAME` or `scratch:NAME`, from its JSON files alone. CheckpointError as in `load_policy`."""
+    folder, _ = resolve_folder(source)
+    config = read_config(folder)
+    return spec_from(config, choose_unnorm_key(read_statistics(folder, config.raw), unnorm_key, str(folder)))

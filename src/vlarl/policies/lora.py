@@ -1,0 +1,69 @@
+"""Owns what is trainable: freezing parts, injecting LoRA adapters (peft), merging them back into plain weights."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from vlarl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vlarl.recipe.schema import Lora
+
+PARTS = {"vision": "vision_backbone", "projector": "projector", "language": "language_model"}
+
+
+def freeze_parts(module: nn.Module, freeze: Sequence[str]) -> None:
+    """Parts (vision, projector, language) that get no gradient."""
+    for part in freeze:
+        getattr(module, PARTS[part]).requires_grad_(False)
+
+
+def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str]) -> None:
+    """Put adapters into `module`, in place; base weights freeze, the value head stays fully trainable.
+
+    all-linear: every trained nn.Linear but the value head and lm_head. Names given instead match a layer's last name or full path.
+    """
+    frozen = tuple(PARTS[part] + "." for part in freeze)
+    linear = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer.weight.requires_grad
+        and not name.startswith(("value_head.", *frozen))
+        and not name.endswith("lm_head")
+    ]
+    if lora.targets != "all-linear":
+        linear = [
+            name
+            for name, layer in module.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d))
+            and layer.weight.requires_grad
+            and not name.startswith(("value_head.", *frozen))
+            and (name.rsplit(".", 1)[-1] in lora.targets or name in lora.targets)
+        ]
+    if not linear:
+        message = f"policy.lora.targets = {lora.targets}: no trained layer has such a name."
+        raise CheckpointError(message, "Use all-linear, or names such as q_proj.")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, init_lora_weights="gaussian")
+    inject_adapter_in_model(config, module)
+    module.value_head.requires_grad_(True)
+
+
+def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict with adapters -> the same weights under plain names: W + scale * B A, scale = alpha / rank."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            a, b = state[f"{layer}.lora_A.default.weight"], state[f"{layer}.lora_B.default.weight"]
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            update = (b.to(wide).flatten(1) @ a.to(wide).flatten(1)).view_as(tensor)
+            tensor = (tensor.to(wide) + scale * update).to(tensor.dtype)
+        plain[name.replace(".base_layer.", ".")] = tensor
+    return plain
