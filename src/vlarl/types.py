@@ -6,7 +6,7 @@ Time convention: obs[t] -> chunk[t] -> reward[t], terminated[t], truncated[t] (t
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class TrajectoryBatch:
     episodes: tuple[EpisodeResult, ...]
     policy_version: int
 
-    def to(self, device: torch.device) -> TrajectoryBatch:
-        """The same batch with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TrajectoryBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+    def clone(self) -> TrajectoryBatch:
+        """The same batch in memory of its own."""
+        tensors = {f.name: getattr(self, f.name).clone() for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)

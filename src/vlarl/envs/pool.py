@@ -5,6 +5,7 @@ A pool splits its slots into `stages`. `recv(stage)` waits for that stage only, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any, Literal, Protocol
 
 import torch
@@ -129,16 +130,16 @@ class LocalPool:
         return _scatter(self._envs[stage].observe(index), index, self._count) if len(index) else _black(self.spec, self._count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Open episodes, exactly."""
+        """Open episodes, exactly: plain values and tensors."""
         return {
-            "episode": [list(e) for e in self._episode],
+            "episode": [[e and astuple(e) for e in stage] for stage in self._episode],
             "chunk_index": [c.clone() for c in self._chunk_index],
             "envs": [env.state_dict() for env in self._envs],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
-        self._episode = [list(e) for e in state["episode"]]
+        self._episode = [[e and EpisodeSpec(*e) for e in stage] for stage in state["episode"]]
         self._chunk_index = [c.clone() for c in state["chunk_index"]]
         for env, saved in zip(self._envs, state["envs"], strict=True):
             env.load_state_dict(saved)

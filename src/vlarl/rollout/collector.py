@@ -1,7 +1,7 @@
 """Owns the recording of a rollout into a TrajectoryBatch: preallocated time-major buffers and the bookkeeping of episodes."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,16 +42,16 @@ class Collector:
     def collect(self, sampler: Sampler, spans: Spans, policy_version: int) -> TrajectoryBatch:
         """Play at most max_chunks chunks per slot. The batch's tensors are views of buffers that the next call overwrites."""
         recording = _Recording(self, policy_version)
-        steps = play(self._pool, sampler, recording, spans, self._max_chunks, value_at_end=self._values > 0)
+        steps = play(self._pool, sampler, recording, spans, self._max_chunks, critic=self._values > 0)
         return recording.batch(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The open episodes' counters."""
-        return {"open": {b: (o.spec, o.return_, o.length) for b, o in self._open.items()}}
+        """The open episodes' counters, as plain values."""
+        return {"open": {b: (astuple(o.spec), o.return_, o.length) for b, o in self._open.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._open = {b: _Open(spec, return_, length) for b, (spec, return_, length) in state["open"].items()}
+        self._open = {b: _Open(EpisodeSpec(*spec), return_, length) for b, (spec, return_, length) in state["open"].items()}
 
 
 def _allocate(spec: EnvSpec, T: int, B: int, K: int, N: int, J: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -148,3 +148,17 @@ class _Recording:
             episodes=tuple(self._episodes),
             policy_version=self._version,
         )
+
+
+def concatenate(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
+    """Two collections of the same slots, one after the other in time; `first` must own its tensors (see `TrajectoryBatch.clone`).
+
+    Only for batches whose episodes all ended: the values after the last chunk are the second's.
+    """
+    sentences = {s: i for i, s in enumerate(dict.fromkeys(first.instructions + second.instructions))}
+    renumber = torch.tensor([sentences[s] for s in second.instructions], dtype=torch.int64)
+    joined = {f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(first) if "_TB" in f.name}
+    shifted = torch.where(second.episode_TB >= 0, second.episode_TB + len(first.episodes), -1)
+    joined["instruction_TB"] = torch.cat([first.instruction_TB, renumber[second.instruction_TB]])
+    joined["episode_TB"] = torch.cat([first.episode_TB, shifted])
+    return replace(second, **joined, instructions=tuple(sentences), episodes=first.episodes + second.episodes)

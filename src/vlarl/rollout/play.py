@@ -30,8 +30,8 @@ class Recorder(Protocol):
     """Watches a rollout. Called once per stage and chunk step t, with t running from 0."""
 
     def record(self, stage: int, t: int, step: EnvStep, rows: Tensor, chunk: ActionChunk | None) -> None:
-        """`step` holds the outcome of chunk t - 1 and what is seen now. `chunk` (None: nobody was asked) has one row per entry of
-        `rows` (int64: active slots, in order), then one row per `step.final_index`. `rows` is empty once the stage has ended."""
+        """`step` holds the outcome of chunk t - 1 and what is seen now. `chunk` (None: nobody was asked) has one row per entry of `rows`
+        (int64: active slots, in order) and, for a critic, then one per `step.final_index`. `rows` is empty once the stage has ended."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Sampler:
         return self.policy.act(obs, noise, self.temperature or 1.0, self.top_k)
 
 
-def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_chunks: int, value_at_end: bool) -> int:
+def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_chunks: int, critic: bool) -> int:
     """Play until every slot idles or has played `max_chunks` chunks; returns the number of chunk steps.
 
-    value_at_end: ask the policy once more after the last chunk (for the critic's bootstrap).
+    critic: ask the policy also for the values of final frames and, once more, after the last chunk (to bootstrap from).
     """
     pool.begin()
     open_stages = set(range(pool.stages))
@@ -72,9 +72,9 @@ def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_
             last = t >= max_chunks or not active
             rows = torch.tensor(active, dtype=torch.int64)
             with spans.span("rollout/act"):
-                chunk = _ask(sampler, step, rows) if not last or value_at_end else None
+                chunk = _ask(sampler, step, rows, critic) if not last or critic else None
             with spans.span("rollout/other"):
-                recorder.record(stage, t, step, rows[:0] if last and not value_at_end else rows, chunk)
+                recorder.record(stage, t, step, rows[:0] if last and not critic else rows, chunk)
             if last:
                 open_stages.remove(stage)
                 continue
@@ -85,13 +85,13 @@ def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_
     return t - 1
 
 
-def _ask(sampler: Sampler, step: EnvStep, rows: Tensor) -> ActionChunk | None:
+def _ask(sampler: Sampler, step: EnvStep, rows: Tensor, critic: bool) -> ActionChunk | None:
     """One forward for the active slots and for the final frames that a critic wants to judge."""
     episodes: list[EpisodeSpec | None] = [step.episode[b] for b in rows.tolist()]
     uid = torch.tensor([e.uid if e is not None else 0 for e in episodes], dtype=torch.int64)
     chunk_index = step.chunk_index_B[rows]
     obs = step.obs if len(rows) == len(step.episode) else step.obs.select(rows)
-    if step.final_obs is not None:
+    if critic and step.final_obs is not None:
         final = step.final_obs
         image = torch.cat([obs.image_BVHWC, final.image_BVHWC])
         obs = Observation(image, torch.cat([obs.state_BD, final.state_BD]), obs.instruction + final.instruction)

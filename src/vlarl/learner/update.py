@@ -1,0 +1,223 @@
+"""Owns one update of the policy: epochs of minibatches, gradient accumulation with global denominators, the gates before each step."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlarl.algorithms import losses
+from vlarl.algorithms.health import all_finite, explained_variance, logprob_gap, value_moments
+from vlarl.algorithms.minibatches import microbatches, slot_minibatches
+from vlarl.distributed.fsdp import clip_grad_norm, set_gradient_sync
+from vlarl.distributed.mesh import World
+from vlarl.distributed.reduce import all_reduce_max, all_reduce_sum
+from vlarl.errors import WorkerError
+from vlarl.learner.targets import Targets
+from vlarl.policies.base import VLAPolicy
+from vlarl.recipe.schema import Grpo, Ppo, Rollout, Update
+from vlarl.types import Observation, TrajectoryBatch
+
+SKIPPED_STEPS_LIMIT = 3  # optimiser steps in a row that may be refused for non-finite gradients
+
+SUMS = ("policy_loss", "value_loss", "entropy", "kl", "weight", "count", "clipped", "approx_kl", "ratio")
+SUMS += ("value_count", "gap_sum", "gap_count")
+MAXIMA = ("ratio_max", "gap_max")
+
+
+class Learner:
+    """Updates one policy. Holds nothing but the optimiser and how often in a row a step was refused."""
+
+    def __init__(
+        self,
+        policy: VLAPolicy,
+        reference: VLAPolicy | None,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        algorithm: Ppo | Grpo,
+        settings: Update,
+        rollout: Rollout,
+        seed: int,
+    ) -> None:
+        """reference: the policy before RL, for the KL term (None without one)."""
+        self.policy, self.reference, self.optimizer = policy, reference, optimizer
+        self._world, self._algorithm, self._settings, self._rollout, self._seed = world, algorithm, settings, rollout, seed
+        self._refused = 0
+
+    def update(self, batch: TrajectoryBatch, targets: Targets, update: int) -> dict[str, float]:
+        """One update: every kept sample once per epoch, `minibatches` optimiser steps per epoch. Returns metrics, equal on all ranks.
+
+        Raises WorkerError if rollout and training log-probs disagree, or gradients stay non-finite.
+        """
+        totals = _Totals(self._world)
+        value_fit = torch.zeros(5, dtype=torch.float64)
+        if targets.return_TBJ is not None:
+            mask = (batch.valid_TBK if targets.return_TBJ.shape[-1] > 1 else batch.valid_TBK.any(-1, keepdim=True)).float()
+            value_fit = value_moments(batch.value_TBJ, targets.return_TBJ, mask)
+        steps = 0
+        for epoch in range(self._settings.epochs):
+            parts = slot_minibatches(targets.keep_TB, batch.slot_B, self._seed, update, epoch, self._settings.minibatches)
+            for index in parts:
+                samples = [_Sample.take(batch, targets, rows, weight, self._world.device) for rows, weight in self._pieces(index)]
+                if samples:
+                    self._step(samples, totals, gate=steps == 0)
+                    steps += 1
+        metrics = totals.metrics()
+        if targets.return_TBJ is not None:
+            metrics["explained_variance"] = explained_variance(all_reduce_sum(self._world, value_fit))
+        return metrics | {"steps": float(steps), "samples": float(all_reduce_sum(self._world, targets.keep_TB.sum().double()))}
+
+    def _pieces(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's forward passes for one minibatch: as many, and as large, as on the rank with most samples."""
+        most = int(all_reduce_max(self._world, torch.tensor(float(len(index)))))
+        count = -(-most // self._settings.microbatch)
+        return iter(microbatches(index, -(-most // count), count) if count else ())
+
+    def _step(self, samples: list[_Sample], totals: _Totals, gate: bool) -> None:
+        """Gradient of one minibatch, summed over forward passes and ranks, then one optimiser step."""
+        level = self._algorithm.logprob
+        action_dim = self.policy.spec.action_dim
+        weights = [losses.level_mask(s.valid_BK, level, action_dim) * s.weight_B[:, None] for s in samples]
+        sizes = torch.stack([sum(w.sum() for w in weights), sum(s.value_mask_BJ.sum() for s in samples)]).double()
+        policy_size, value_size = all_reduce_sum(self._world, sizes).clamp(min=1e-12).unbind()
+        for i, (sample, weight_BL) in enumerate(zip(samples, weights, strict=True)):
+            set_gradient_sync(self.policy.module, enabled=i == len(samples) - 1)
+            self._loss(sample, weight_BL, policy_size, value_size, totals, gate).backward()
+        norm = clip_grad_norm(self.policy.module, self._settings.grad_clip)
+        if gate:
+            self._check_gap(totals)
+        if bool(all_finite([norm])):
+            self.optimizer.step()
+            self._refused = 0
+            totals.add_norm(norm)
+        else:
+            self._refused += 1
+            if self._refused >= SKIPPED_STEPS_LIMIT:
+                raise WorkerError(f"update: the gradient was not finite {self._refused} times in a row.", "Lower update.learning_rate.")
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, s: _Sample, weight_BL: Tensor, policy_size: Tensor, value_size: Tensor, totals: _Totals, gate: bool) -> Tensor:
+        """The loss of one forward pass, already divided by the global denominators."""
+        a, level, K = self._algorithm, self._algorithm.logprob, s.valid_BK.shape[1]
+        action_dim = self.policy.spec.action_dim
+        scores = self.policy.evaluate(s.obs, s.token_BN, self._rollout.temperature, self._rollout.top_k)
+        logprob_BL = losses.ratio_level(scores.logprob_BN, s.valid_BK, level)
+        old_logprob_BL = losses.ratio_level(s.logprob_BN.to(scores.logprob_BN.dtype), s.valid_BK, level)
+        advantage_BL = losses.level_advantage(s.advantage_BJ, s.valid_BK, level, action_dim).expand_as(logprob_BL)
+        policy, stats = losses.policy_loss(logprob_BL, old_logprob_BL, advantage_BL, weight_BL, a.clip[0], a.clip[1], a.dual_clip)
+        stats |= {"policy_loss": policy.detach(), "weight": weight_BL.sum()}
+        loss = policy / policy_size
+        entropy = losses.entropy_sum(losses.ratio_level(scores.entropy_BN, s.valid_BK, level), weight_BL)
+        stats["entropy"] = entropy.detach()
+        if a.entropy_coef:
+            loss = loss - a.entropy_coef * entropy / policy_size
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.evaluate(s.obs, s.token_BN, self._rollout.temperature, self._rollout.top_k)
+            kl = losses.kl_sum(logprob_BL, losses.ratio_level(reference.logprob_BN, s.valid_BK, level), weight_BL)
+            stats["kl"] = kl.detach()
+            loss = loss + a.kl_coef * kl / policy_size
+        if isinstance(a, Ppo):
+            assert s.return_BJ is not None
+            value, value_stats = losses.value_loss(scores.value_BJ, s.value_BJ, s.return_BJ, s.value_mask_BJ, a.value_clip, a.huber)
+            stats |= value_stats | {"value_loss": value.detach()}
+            loss = loss + a.value_coef * value / value_size
+        else:
+            loss = loss + 0.0 * scores.value_BJ.sum()  # the unused value head still takes part in FSDP's reduction
+        if gate:
+            executed_BN = losses.level_mask(s.valid_BK, "token", s.token_BN.shape[1] // K) & (s.weight_B > 0)[:, None]
+            stats |= {k: v for k, v in logprob_gap(scores.logprob_BN, s.logprob_BN, executed_BN).items() if k != "gap_p99"}
+        totals.add(stats)
+        return loss
+
+    def _check_gap(self, totals: _Totals) -> None:
+        """Stop before the first step if acting and learning do not agree on what was likely."""
+        gap = totals.gap()
+        if not gap <= self._settings.logprob_gap_limit:
+            raise WorkerError(
+                f"update: rollout and training log-probs differ by {gap:.3g} nats per token on average, "
+                f"more than update.logprob_gap_limit = {self._settings.logprob_gap_limit}.",
+                "Acting and learning must see the same weights, images, temperature and dtype; dropout must be off.",
+            )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One forward pass's worth of samples, on the learner's device; rows of weight 0 are padding."""
+
+    obs: Observation
+    token_BN: Tensor
+    logprob_BN: Tensor
+    value_BJ: Tensor
+    advantage_BJ: Tensor
+    return_BJ: Tensor | None
+    valid_BK: Tensor
+    value_mask_BJ: Tensor
+    weight_B: Tensor
+
+    @staticmethod
+    def take(batch: TrajectoryBatch, targets: Targets, rows: Tensor, keep_B: Tensor, device: torch.device) -> _Sample:
+        """Rows of the flattened [T * B] batch; `keep_B` is 0 for padding."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.flatten(0, 1)[rows].to(device)
+
+        valid_BK = pick(batch.valid_TBK) & (keep_B > 0).to(device)[:, None]
+        mask_BK = valid_BK if batch.value_TBJ.shape[-1] > 1 else valid_BK.any(-1, keepdim=True)
+        sentences = tuple(batch.instructions[i] for i in batch.instruction_TB.flatten()[rows].tolist())
+        return _Sample(
+            obs=Observation(pick(batch.image_TBVHWC), pick(batch.state_TBD), sentences),
+            token_BN=pick(batch.token_TBN),
+            logprob_BN=pick(batch.logprob_TBN),
+            value_BJ=pick(batch.value_TBJ),
+            advantage_BJ=pick(targets.advantage_TBJ),
+            return_BJ=None if targets.return_TBJ is None else pick(targets.return_TBJ),
+            valid_BK=valid_BK,
+            value_mask_BJ=mask_BK.float(),
+            weight_B=pick(targets.weight_TB) * keep_B.to(device),
+        )
+
+
+class _Totals:
+    """Sums of statistics over an update; read once at its end (and at the gate), so that no step waits for the device."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=world.device) for name in SUMS}
+        self._maxima = {name: torch.zeros((), dtype=torch.float64, device=world.device) for name in MAXIMA}
+        self._norms: list[Tensor] = []
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        for name, value in stats.items():
+            if name in self._sums:
+                self._sums[name] += value
+            elif name in self._maxima:
+                self._maxima[name] = torch.maximum(self._maxima[name], value.double())
+
+    def add_norm(self, norm: Tensor) -> None:
+        self._norms.append(norm)
+
+    def gap(self) -> float:
+        total, count = all_reduce_sum(self._world, torch.stack([self._sums["gap_sum"], self._sums["gap_count"]])).tolist()
+        return total / max(count, 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all ranks, by the names of docs/metrics.md (without the update/ prefix)."""
+        values = all_reduce_sum(self._world, torch.stack([self._sums[n] for n in SUMS])).tolist()
+        sums = dict(zip(SUMS, values, strict=True))
+        maxima = dict(zip(MAXIMA, all_reduce_max(self._world, torch.stack([self._maxima[n] for n in MAXIMA])).tolist(), strict=True))
+        weight, count, value_count = max(sums["weight"], 1e-12), max(sums["count"], 1.0), max(sums["value_count"], 1.0)
+        return {
+            "policy_loss": sums["policy_loss"] / weight,
+            "value_loss": sums["value_loss"] / value_count,
+            "entropy": sums["entropy"] / weight,
+            "kl_reference": sums["kl"] / weight,
+            "approx_kl": sums["approx_kl"] / count,
+            "ratio": sums["ratio"] / count,
+            "ratio_max": maxima["ratio_max"],
+            "clip_fraction": sums["clipped"] / count,
+            "logprob_gap": sums["gap_sum"] / max(sums["gap_count"], 1.0),
+            "logprob_gap_max": maxima["gap_max"],
+            "grad_norm": float(torch.stack(self._norms).mean()) if self._norms else 0.0,
+        }

@@ -1,0 +1,59 @@
+"""Owns the entry of a worker rank: `python -m vlarl.worker --run-dir D --job train|sft|eval`, started by torchrun or by hand.
+
+Exit codes: 0, EXIT_USER for a mistake the user can mend, EXIT_WORKER for anything else. The cause is left in logs/rank{r}.error.json.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from vlarl.errors import EXIT_WORKER, VlarlError
+from vlarl.launch.lifeline import hold
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job in this process."""
+    parser = argparse.ArgumentParser(prog="vlarl.worker")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--job", choices=("train", "sft", "eval"), default="train")
+    parser.add_argument("--variations", default="", help="eval: comma-separated scene distributions; empty: the recipe's")
+    options = parser.parse_args(arguments)
+    hold()
+    from vlarl.worker.jobs import run_job  # torch and transformers: seconds, so not before the arguments are known to be good
+
+    try:
+        run_job(options.job, options.run_dir, tuple(v for v in options.variations.split(",") if v))
+    except VlarlError as error:
+        _record(options.run_dir, "user" if error.exit_code != EXIT_WORKER else "crash", error.message, error.hint)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BaseException as error:
+        _record(options.run_dir, "crash", f"{type(error).__name__}: {error}", "")
+        traceback.print_exc()
+        return EXIT_WORKER
+    return 0
+
+
+def _record(run_dir: Path, kind: str, message: str, hint: str) -> None:
+    """Leave the cause where the launcher looks for it."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        phase = json.loads((run_dir / "heartbeat" / f"rank{rank}.json").read_text())["phase"]
+    except (OSError, ValueError, KeyError):
+        phase = "start"
+    row = {"kind": kind, "message": message, "hint": hint, "time": time.time(), "phase": phase, "rank": int(rank)}
+    try:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / "logs" / f"rank{rank}.error.json").write_text(json.dumps(row))
+    except OSError as error:  # a full disk must not hide the cause
+        print(f"cannot write the error file: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    os._exit(code) if (code := main(sys.argv[1:])) else sys.exit(0)

@@ -1,0 +1,56 @@
+"""Owns what every part of a worker rank shares: the run folder, recipe, plan, world, spans and heartbeat."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlarl import serial
+from vlarl.distributed.mesh import World, init_world
+from vlarl.metrics.spans import Spans
+from vlarl.metrics.status import Heartbeat
+from vlarl.plan.placement import PlacementPlan, RankPlan
+from vlarl.recipe.schema import Recipe
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Context:
+    """One rank of one run. compute_dtype: of the forward pass; masters are float32 (float64 in a float64 run)."""
+
+    run_dir: Path
+    recipe: Recipe
+    plan: PlacementPlan
+    world: World
+    spans: Spans
+    heartbeat: Heartbeat
+
+    @property
+    def rank_plan(self) -> RankPlan:
+        return self.plan.ranks[self.world.rank]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.plan.dtype]
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase, and tell the launcher that this rank is alive in it."""
+        self.heartbeat.beat(name)
+        return self.spans.span(name)
+
+
+def open_context(run_dir: Path) -> Context:
+    """Read the run folder and join the world."""
+    recipe = serial.load(Recipe, run_dir / "recipe.json")
+    plan = serial.load(PlacementPlan, run_dir / "plan.json")
+    world = init_world(plan, recipe.stall_seconds)
+    heartbeat = Heartbeat(run_dir, world.rank)
+    heartbeat.beat("set-up")
+    return Context(run_dir, recipe, plan, world, Spans(run_dir, world.rank), heartbeat)

@@ -1,0 +1,62 @@
+"""Owns evaluation on worker ranks: the protocol's episodes shared out over ranks, rows brought together on rank 0."""
+from __future__ import annotations
+
+from typing import Any
+
+from vlarl.distributed.reduce import all_gather_objects
+from vlarl.evaluation.protocol import Protocol, episodes
+from vlarl.evaluation.report import EpisodeRow, build_report
+from vlarl.evaluation.runner import EpisodeRecorder, play_episodes
+from vlarl.policies.base import VLAPolicy
+from vlarl.rollout.episodes import ListFeed
+from vlarl.worker.context import Context
+from vlarl.worker.films import write_films
+from vlarl.worker.setup import build_pool, build_sampler
+
+FILMED = 8  # episodes filmed for each one kept: successes and failures cannot be told before they end
+TRAINING_SEED_OFFSET = 1_000_003  # evaluations during training see other scenes than `vlarl eval`, which so stays unseen
+
+
+def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes: dict[str, str], prefix: str) -> dict[str, Any]:
+    """Play one protocol with gathered weights (inside `acting`); the report, on every rank. Videos are written by each rank."""
+    env, settings = run.recipe.env, run.recipe.eval
+    protocol = Protocol(
+        name=f"{env.simulator}-{variation}",
+        simulator=env.simulator,
+        tasks=env.tasks,
+        variation=variation,
+        episodes=settings.episodes,
+        horizon=env.horizon,
+        image_size=env.image_size,
+        views=2 if env.wrist_camera else 1,
+        chunk=policy.spec.chunk,
+        temperature=settings.temperature,
+        seed=seed,
+    )
+    ranks = run.world.world_size
+    slots_per_rank = -(-min(settings.parallel or env.parallel, protocol.episodes) // ranks)
+    feed = ListFeed(episodes(protocol), slots_per_rank * ranks)
+    first = run.world.rank * slots_per_rank
+    final = "all" if settings.videos else "none"
+    pool = build_pool(run, feed, (first, first + slots_per_rank), 1, policy.spec.chunk, final, variation)
+    recorder = EpisodeRecorder(lambda uid: uid < FILMED * settings.videos)
+    sampler = build_sampler(run, policy, seed, settings.temperature, 0)
+    play_episodes(pool, sampler, recorder, run)
+    pool.close()
+    write_films(run, recorder.films, prefix, settings.videos)
+    rows: list[EpisodeRow] = [row for part in all_gather_objects(run.world, recorder.rows) for row in part]
+    return build_report(protocol, rows, hashes)
+
+
+def evaluate_training(run: Context, policy: VLAPolicy, update: int) -> dict[str, float]:
+    """An evaluation during training, as metrics."""
+    seed = run.recipe.seed + TRAINING_SEED_OFFSET
+    report = evaluate(run, policy, run.recipe.env.variation, seed, {}, f"eval-{update:06d}")
+    pooled = report["pooled"]
+    scores = {
+        "eval/success": pooled["rate"],
+        "eval/successes": float(pooled["successes"]),
+        "eval/episodes": float(pooled["episodes"]),
+        "eval/length": pooled["mean_length"],
+    }
+    return scores | {f"eval/success_{name}": summary["rate"] for name, summary in report["tasks"].items()}

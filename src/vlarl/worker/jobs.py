@@ -1,0 +1,163 @@
+"""Owns the three jobs of a worker rank: train, sft (warm start alone) and eval, each from the run folder's files to its result.json."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlarl.distributed.fsdp import acting, full_state_dict
+from vlarl.distributed.mesh import shutdown
+from vlarl.distributed.reduce import barrier
+from vlarl.evaluation.report import result_table
+from vlarl.learner.optim import build_optimizer
+from vlarl.learner.sft import DemonstrationPool, SftProgress, clone
+from vlarl.metrics.sinks import MetricsWriter
+from vlarl.metrics.status import write_status
+from vlarl.policies.base import VLAPolicy
+from vlarl.policies.checkpoint import save_policy
+from vlarl.policies.layout import resolve_folder
+from vlarl.recipe.schema import Warmstart
+from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
+from vlarl.worker.context import Context, open_context
+from vlarl.worker.evaluate import evaluate
+from vlarl.worker.loop import train
+from vlarl.worker.progress import Progress
+from vlarl.worker.setup import build_env, build_policy, build_trainer
+
+DEMONSTRATION_SLOTS = 128  # over all ranks
+SFT_BETAS = (0.9, 0.95)
+
+
+def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool = False) -> None:
+    """Run one job and leave the world."""
+    run = open_context(run_dir)
+    try:
+        if job == "eval":
+            evaluate_job(run, variations or (run.recipe.env.variation,))
+        elif job == "sft":
+            policy = build_policy(run, trainable=True)
+            warm_start(run, policy)
+            _finish(run, {"notes": [f"Policy: {run_dir / 'warmstart'}"]})
+        else:
+            train_job(run, resume)
+        barrier(run.world, "end")
+    finally:
+        run.spans.totals()
+        shutdown()
+
+
+def train_job(run: Context, resume: bool) -> None:
+    """Warm start if the recipe has one, then RL."""
+    policy = build_policy(run, trainable=True)
+    if run.recipe.warmstart is not None and not resume:
+        warm_start(run, policy)
+    needs_reference = run.recipe.algorithm.kl_coef > 0
+    reference = build_policy(run, trainable=False) if needs_reference else None
+    trainer = build_trainer(run, policy, reference)
+    progress = train(run, trainer, resume)
+    _finish(run, _training_result(run, progress))
+
+
+def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
+    """Play the named variations with one policy; eval.json holds every episode's row."""
+    policy = build_policy(run, trainable=False)
+    folder, _ = resolve_folder(run.recipe.policy.checkpoint)
+    hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+    reports = []
+    for done, variation in enumerate(variations):
+        if run.world.is_main:
+            write_status(run.run_dir, phase=f"evaluating {variation}", update=done, updates=len(variations))
+        with run.span("eval"), acting(policy.module):
+            reports.append(evaluate(run, policy, variation, run.recipe.seed, hashes, f"eval-{variation}"))
+    if run.world.is_main:
+        _write(run.run_dir / "eval.json", reports)
+    _finish(run, {"table": result_table(reports), "notes": [f"Every episode: {run.run_dir / 'eval.json'}"]})
+
+
+def warm_start(run: Context, policy: VLAPolicy) -> None:
+    """Clone the simulator's expert into `policy`; the result is kept in the run folder's warmstart/."""
+    settings = run.recipe.warmstart
+    assert settings is not None
+    world, env = run.world, run.recipe.env
+    local = DEMONSTRATION_SLOTS // world.world_size
+    schedule = TrainingSchedule(run.recipe.seed, DEMONSTRATION_SLOTS, len(env.tasks), 1)
+    first = world.rank * local
+    feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
+    optimizer = build_optimizer(policy.module, settings.learning_rate, settings.learning_rate, SFT_BETAS, 1e-8, settings.weight_decay)
+    simulator = build_env(run, local)
+    pool = DemonstrationPool(simulator, feed, policy, settings, local, settings.pool // world.world_size, run.recipe.seed + world.rank)
+    sinks = MetricsWriter(run.run_dir, run.recipe.log.tensorboard, False, None) if world.is_main else None
+    started = time.perf_counter()
+
+    def report(at: SftProgress) -> None:
+        run.heartbeat.beat("warm start")
+        if sinks is None:
+            return
+        seconds = time.perf_counter() - started
+        row = {"sft/loss": at.loss, "sft/accuracy": at.accuracy, "sft/error_bins": at.error, "sft/samples": at.step * settings.batch}
+        sinks.write(at.step, row | {"time/minutes": seconds / 60})
+        write_status(
+            run.run_dir,
+            phase="warm start",
+            update=at.step,
+            updates=settings.steps,
+            frames_per_second=at.step * settings.batch / seconds,
+            eta_seconds=seconds / at.step * (settings.steps - at.step),
+            line=f"loss {at.loss:.3f}, {at.error:.1f} bins from the expert",
+        )
+
+    clone(policy, optimizer, pool, settings, world, report)
+    state = full_state_dict(policy.module)
+    if sinks is not None:
+        sinks.close()
+        save_policy(run.run_dir / "warmstart", policy, state)
+        _write(run.run_dir / "warmstart" / "provenance.json", _provenance(run, settings, time.perf_counter() - started))
+    barrier(world, "warm start")
+
+
+class _Offset:
+    """A feed for a simulator whose slots count from 0."""
+
+    def __init__(self, feed: TrainingFeed, first: int) -> None:
+        self._feed, self._first = feed, first
+
+    def next(self, slot: int) -> Any:
+        return self._feed.next(self._first + slot)
+
+
+def _provenance(run: Context, settings: Warmstart, seconds: float) -> dict[str, Any]:
+    facts = {"recipe": run.recipe.name, "seed": run.recipe.seed, "steps": settings.steps}
+    return facts | {"minutes": round(seconds / 60, 1), "torch": torch.__version__}
+
+
+def _training_result(run: Context, progress: Progress) -> dict[str, Any]:
+    rows = [["updates", str(progress.update)], ["episodes", str(progress.episodes)], ["minutes", f"{progress.seconds / 60:.1f}"]]
+    if progress.success is not None:
+        rows.append([f"success, last {len(progress.recent)} training episodes", f"{progress.success:.1%}"])
+    if progress.best is not None:
+        rows.append(["best evaluation", f"{progress.best[0]:.1%} at update {progress.best[1]}"])
+    return {
+        "table": {"title": run.recipe.name, "columns": ["what", "value"], "rows": rows},
+        "notes": [f"Evaluate: vlarl eval --ckpt {run.run_dir}", f"Curve: {run.run_dir / 'curve.png'}"],
+    }
+
+
+def _finish(run: Context, result: dict[str, Any]) -> None:
+    if run.world.is_main:
+        _write(run.run_dir / "result.json", result)
+
+
+def _write(path: Path, value: Any) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,183 @@
+"""Owns the training loop. Reads like the paper: collect trajectories, judge them, update the policy, measure, keep.
+
+A newcomer starts here. `Trainer` (built in setup.py) holds this rank's policy, learner, environment pool and collector.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlarl.distributed import checkpoint, manifest
+from vlarl.distributed.fsdp import acting
+from vlarl.distributed.reduce import all_reduce_sum, barrier
+from vlarl.errors import CheckpointError
+from vlarl.learner.optim import learning_rate_at, set_learning_rates
+from vlarl.learner.targets import Targets, grpo_targets, ppo_targets
+from vlarl.policies.checkpoint import save_policy
+from vlarl.recipe.schema import Grpo, Ppo
+from vlarl.rollout.collector import concatenate
+from vlarl.types import TrajectoryBatch
+from vlarl.worker.context import Context
+from vlarl.worker.evaluate import evaluate_training
+from vlarl.worker.films import film_batch
+from vlarl.worker.progress import Progress, Reporter
+from vlarl.worker.setup import Trainer
+
+
+def train(run: Context, trainer: Trainer, resume: bool) -> Progress:
+    """Run the recipe's updates. resume: go on from the run folder's latest checkpoint."""
+    progress = restore(run, trainer) if resume else Progress()
+    reporter = Reporter(run, progress.update if resume else None)
+    recipe = run.recipe
+    if progress.update == 0 and recipe.eval.every:
+        measure(run, trainer, progress, reporter)
+    while progress.update < recipe.update.updates:
+        reporter.start_update(progress)
+        batch, targets = collect(run, trainer, progress.update)
+        rates = schedule(run, trainer, progress)
+        with run.span("update"):
+            learnt = trainer.learner.update(batch, targets, progress.update)
+        trainer.policy.policy_version += 1
+        reporter.update(progress, batch, learnt | rates | signal(run, targets))
+        warm_up(run, progress, learnt)
+        if due(progress.update, recipe.log.histograms_every):
+            reporter.histograms(progress, batch, targets.advantage_TBJ)
+        if due(progress.update, recipe.log.video_every) and run.world.is_main:
+            film_batch(run, batch, progress.update)
+        last = progress.update == recipe.update.updates
+        better = False
+        if recipe.eval.every and (last or due(progress.update, recipe.eval.every)):
+            better = measure(run, trainer, progress, reporter)
+        if last or better or due(progress.update, recipe.checkpoint.every):
+            keep(run, trainer, progress, better)
+    reporter.curve()
+    reporter.close()
+    return progress
+
+
+def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatch, Targets]:
+    """Play this update's episodes and judge them; with dynamic sampling, replace groups that teach nothing, up to the stated cap."""
+    algorithm, rollout = run.recipe.algorithm, run.plan.rollout
+    rounds = 1 + (algorithm.resample_rounds if isinstance(algorithm, Grpo) else 0)
+    batch: TrajectoryBatch | None = None
+    for _ in range(rounds):
+        if isinstance(algorithm, Grpo):
+            trainer.feed.allow(rollout.episodes_per_slot)
+        with acting(trainer.policy.module):
+            fresh = trainer.collector.collect(trainer.sampler, run, trainer.policy.policy_version)
+        batch = fresh if batch is None else concatenate(batch, fresh)
+        targets = judge(run, batch)
+        groups = run.plan.rollout.parallel // rollout.group_size * rollout.episodes_per_slot
+        if rounds == 1 or all_reduce_sum(run.world, targets.keep_TB.new_tensor(targets.kept_groups, dtype=float)) >= groups:
+            break
+        batch = batch.clone()  # the collector's buffers are used again
+    assert batch is not None
+    return batch, targets
+
+
+def judge(run: Context, batch: TrajectoryBatch) -> Targets:
+    """Advantages by the recipe's algorithm."""
+    algorithm = run.recipe.algorithm
+    if isinstance(algorithm, Ppo):
+        return ppo_targets(batch, algorithm, run.world)
+    return grpo_targets(batch, algorithm, run.recipe.env.horizon)
+
+
+def schedule(run: Context, trainer: Trainer, progress: Progress) -> dict[str, float]:
+    """Set the learning rates of the coming update: the policy's is 0 while the critic warms up."""
+    u, algorithm = run.recipe.update, run.recipe.algorithm
+    start = progress.critic_ready
+    if start is None:
+        start = algorithm.critic_warmup if isinstance(algorithm, Ppo) else 0
+    policy = learning_rate_at(progress.update, u.learning_rate, start, u.lr_warmup, u.updates, u.lr_decay)
+    value = learning_rate_at(progress.update, u.value_learning_rate, 0, 0, u.updates, u.lr_decay)
+    set_learning_rates(trainer.learner.optimizer, policy, value)
+    return {"learning_rate": policy, "value_learning_rate": value}
+
+
+def warm_up(run: Context, progress: Progress, learnt: dict[str, float]) -> None:
+    """End the critic's warm-up when its time is up, or earlier when it explains enough."""
+    algorithm = run.recipe.algorithm
+    if isinstance(algorithm, Ppo) and progress.critic_ready is None:
+        explained = learnt["explained_variance"] >= algorithm.critic_warmup_until
+        if explained or progress.update >= algorithm.critic_warmup:
+            progress.critic_ready = progress.update
+
+
+def signal(run: Context, targets: Targets) -> dict[str, float]:
+    """GRPO: how many groups were played and how many of them teach something."""
+    if not targets.groups:
+        return {}
+    both = all_reduce_sum(run.world, targets.weight_TB.new_tensor([targets.groups, targets.kept_groups]))
+    return {"groups": float(both[0]), "kept_groups": float(both[1])}
+
+
+def measure(run: Context, trainer: Trainer, progress: Progress, reporter: Reporter) -> bool:
+    """Evaluate on episodes kept apart from training and from `vlarl eval`; True if this is the best policy so far."""
+    reporter.status(progress, "evaluation")
+    with run.span("eval"), acting(trainer.policy.module):
+        scores = evaluate_training(run, trainer.policy, progress.update)
+    if reporter.sinks is not None:
+        reporter.sinks.write(progress.update, scores)
+        reporter.curve()
+    better = progress.best is None or scores["eval/success"] > progress.best[0]
+    if better:
+        progress.best = (scores["eval/success"], progress.update)
+    return better
+
+
+def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None:
+    """Write a checkpoint from which the run continues exactly, and prune old ones."""
+    folder = manifest.checkpoint_folder(run.run_dir, progress.update)
+    extra = {
+        "progress": progress.state_dict(),
+        "cursor": trainer.feed.cursor,
+        "pool": trainer.pool.state_dict(),
+        "collector": trainer.collector.state_dict(),
+        "policy_version": trainer.policy.policy_version,
+    }
+    with run.span("checkpoint"):
+        checkpoint.save(
+            run.world,
+            folder,
+            trainer.policy.module,
+            trainer.learner.optimizer,
+            extra,
+            lambda path, state: save_policy(path, trainer.policy, state),
+            {"update": progress.update, "success": progress.best[0] if progress.best else progress.success},
+        )
+        if run.world.is_main:
+            if best or manifest.best(run.run_dir) is None:
+                manifest.mark_best(folder)
+            manifest.prune(run.run_dir, run.recipe.checkpoint.keep)
+        barrier(run.world, "checkpoint")
+
+
+def restore(run: Context, trainer: Trainer) -> Progress:
+    """Go on exactly where the latest checkpoint was taken."""
+    folder = latest_checkpoint(run.run_dir)
+    extras, facts = checkpoint.load(run.world, folder, trainer.policy.module, trainer.learner.optimizer)
+    if facts["ranks"] != run.world.world_size:
+        raise CheckpointError(
+            f"{folder} was written by {facts['ranks']} ranks, this run has {run.world.world_size}: its open episodes belong to ranks.",
+            f"Resume with ranks={facts['ranks']}, or start a new run from its policy/ folder.",
+        )
+    extra: dict[str, Any] = extras[run.world.rank]
+    trainer.feed.cursor = list(extra["cursor"])
+    trainer.pool.load_state_dict(extra["pool"])
+    trainer.collector.load_state_dict(extra["collector"])
+    trainer.policy.policy_version = extra["policy_version"]
+    return Progress.from_state(extra["progress"])
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run folder; CheckpointError if it has none."""
+    folder = manifest.latest(run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} holds no finished checkpoint to resume from.", "Start the run anew, with another --out.")
+    return folder
+
+
+def due(update: int, every: int) -> bool:
+    """Whether something done every `every` updates (0: never) is due after `update`."""
+    return every > 0 and update % every == 0

@@ -1,0 +1,144 @@
+"""Owns how far a run has come: the counters that a checkpoint keeps, and what is told to the user after every update."""
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from vlarl.distributed.reduce import all_gather_objects, all_reduce_max, all_reduce_sum
+from vlarl.metrics.curve import draw_curve
+from vlarl.metrics.sinks import METRICS_FILE, MetricsWriter
+from vlarl.metrics.spans import bottleneck_line
+from vlarl.metrics.status import write_status
+from vlarl.types import TrajectoryBatch
+from vlarl.worker.context import Context
+
+RECENT_EPISODES = 400  # over which "success so far" is taken
+
+
+@dataclass
+class Progress:
+    """update: updates done. critic_ready: update at which the critic's warm-up ended (None: it has not). recent: successes of the latest
+    episodes of all ranks. best: highest success rate at an evaluation and its update."""
+
+    update: int = 0
+    critic_ready: int | None = None
+    frames: int = 0
+    episodes: int = 0
+    seconds: float = 0.0
+    recent: list[bool] = field(default_factory=list)
+    best: tuple[float, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Progress:
+        best = state["best"]
+        return Progress(**(state | {"best": None if best is None else (best[0], best[1])}))
+
+    @property
+    def success(self) -> float | None:
+        """Share of the recent episodes that succeeded."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+
+class Reporter:
+    """Writes metrics, curve and status. Only rank 0 has sinks; every rank takes part in the sums."""
+
+    def __init__(self, run: Context, resume_from: int | None) -> None:
+        self._run = run
+        log = run.recipe.log
+        self.sinks = MetricsWriter(run.run_dir, log.tensorboard, log.wandb, resume_from) if run.world.is_main else None
+        self._started = time.perf_counter()
+
+    def start_update(self, progress: Progress) -> None:
+        """Begin the clock of the next update."""
+        self._run.spans.update = progress.update + 1
+        self._started = time.perf_counter()
+
+    def update(self, progress: Progress, batch: TrajectoryBatch, learnt: dict[str, float]) -> None:
+        """File one update: counters, metrics row, status. Collective."""
+        run, world = self._run, self._run.world
+        seconds = time.perf_counter() - self._started
+        sums = all_reduce_sum(world, torch.tensor([float(batch.valid_TBK.sum()), float(batch.active_TB.sum())], dtype=torch.float64))
+        frames, chunks = sums.tolist()
+        # Ordered by uid, so that the list is the same on any number of ranks.
+        episodes = sorted((e for part in all_gather_objects(world, batch.episodes) for e in part), key=lambda e: e.spec.uid)
+        progress.update += 1
+        progress.frames += int(frames)
+        progress.episodes += len(episodes)
+        progress.seconds += seconds
+        progress.recent = (progress.recent + [e.success for e in episodes])[-RECENT_EPISODES:]
+        spans = run.spans.totals()
+        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+        memory = all_reduce_max(world, torch.tensor([float(peak), float(psutil.Process().memory_info().rss)], dtype=torch.float64))
+        if self.sinks is None:
+            return
+        rollout = sum(spans.get(n, 0.0) for n in ("rollout/env", "rollout/act", "rollout/other"))
+        row = {
+            "rollout/frames": progress.frames,
+            "rollout/chunks": chunks,
+            "rollout/frames_per_second": frames / seconds,
+            "time/total_seconds": progress.seconds,
+            "time/minutes": progress.seconds / 60,
+            "time/update_wall_seconds": seconds,
+            "time/rollout_seconds": rollout,
+            "time/env_seconds": spans.get("rollout/env", 0.0),
+            "time/act_seconds": spans.get("rollout/act", 0.0),
+            "time/update_seconds": spans.get("update", 0.0),
+            "time/sync_seconds": spans.get("sync", 0.0),
+            "memory/device_peak_bytes": memory[0].item(),
+            "memory/host_rss_bytes": memory[1].item(),
+            "train/episodes": len(episodes),
+            "train/successes": sum(e.success for e in episodes),
+        }
+        if episodes:
+            row |= {
+                "train/success": sum(e.success for e in episodes) / len(episodes),
+                "train/return": sum(e.return_ for e in episodes) / len(episodes),
+                "train/length": sum(e.length for e in episodes) / len(episodes),
+            }
+            for task, name in enumerate(run.recipe.env.tasks):
+                of_task = [e.success for e in episodes if e.spec.task == task]
+                if of_task:
+                    row[f"train/success_{name}"] = sum(of_task) / len(of_task)
+        self.sinks.write(progress.update, row | {f"update/{name}": value for name, value in learnt.items()})
+        self.status(progress, "training", frames / seconds, bottleneck_line(spans, seconds))
+
+    def histograms(self, progress: Progress, batch: TrajectoryBatch, advantage: torch.Tensor) -> None:
+        """TensorBoard histograms of the latest batch."""
+        if self.sinks is not None:
+            self.sinks.histogram("histogram/advantage", advantage[batch.active_TB], progress.update)
+            self.sinks.histogram("histogram/value", batch.value_TBJ[batch.active_TB], progress.update)
+            self.sinks.histogram("histogram/logprob", batch.logprob_TBN[batch.active_TB], progress.update)
+
+    def status(self, progress: Progress, phase: str, frames_per_second: float | None = None, line: str = "") -> None:
+        """Tell the launcher where the run stands."""
+        if self.sinks is None:
+            return
+        updates = self._run.recipe.update.updates
+        left = (updates - progress.update) * progress.seconds / progress.update if progress.update else None
+        write_status(
+            self._run.run_dir,
+            phase=phase,
+            update=progress.update,
+            updates=updates,
+            frames_per_second=frames_per_second,
+            success=progress.success,
+            episodes=progress.episodes,
+            eta_seconds=left,
+            line=line,
+        )
+
+    def curve(self) -> None:
+        """Draw curve.png anew."""
+        if self.sinks is not None:
+            draw_curve(self._run.run_dir / METRICS_FILE, self._run.run_dir / "curve.png")
+
+    def close(self) -> None:
+        if self.sinks is not None:
+            self.sinks.close()
