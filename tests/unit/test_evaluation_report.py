@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from vlarl.envs.spec import EpisodeSpec
-from vlarl.evaluation.protocol import EVAL_INIT_STATE, Protocol, digest, episodes
+from vlarl.envs.spec import EVAL_INIT_STATE, EpisodeSpec
+from vlarl.evaluation.protocol import Protocol, digest, episodes
 from vlarl.evaluation.report import EpisodeRow, build_report, result_table
 
 PROTOCOL = Protocol(

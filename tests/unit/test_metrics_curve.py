@@ -11,7 +11,7 @@ from vlarl.metrics.curve import draw_curve, pooled_success
 
 
 def _train(step: int, successes: int, episodes: int) -> dict[str, Any]:
-    return {"step": step, "train/successes": successes, "train/episodes": episodes, "train/return": 0.5, "rollout/frames": 100}
+    return {"step": step, "train/successes": successes, "train/episodes": episodes, "train/return": 0.5, "rollout/frames": 100 * step}
 
 
 def test_pooled_success_pools_counts_backwards() -> None:

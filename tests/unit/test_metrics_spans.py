@@ -32,6 +32,18 @@ def test_seconds_add_up_per_name_and_reset(clock: list[float]) -> None:
     assert spans.totals() == {}
 
 
+def test_a_span_inside_another_is_filed_under_it(clock: list[float]) -> None:
+    spans = Spans(None, rank=0)
+    with spans.span("eval"):
+        with spans.span("rollout/act"):
+            clock[0] += 1.0
+        with spans.span("eval/report"):
+            clock[0] += 0.5
+    with spans.span("rollout/act"):
+        clock[0] += 2.0
+    assert spans.totals() == {"eval/rollout/act": 1.0, "eval/report": 0.5, "eval": 1.5, "rollout/act": 2.0}
+
+
 def test_trace_lines_carry_wall_time_and_update(tmp_path: Path, clock: list[float]) -> None:
     spans = Spans(tmp_path, rank=3)
     for update in (1, 2):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EVAL_INIT_STATE = 2**20  # training draws its initial states below this number, evaluation from it upwards
+
 
 @dataclass(frozen=True)
 class EpisodeSpec:

@@ -5,9 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from vlarl.envs.spec import EpisodeSpec
-
-EVAL_INIT_STATE = 2**20  # training draws its initial states below this number, evaluation from it upwards
+from vlarl.envs.spec import EVAL_INIT_STATE, EpisodeSpec
 
 
 @dataclass(frozen=True)

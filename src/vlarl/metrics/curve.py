@@ -84,17 +84,13 @@ def _draw_return(axes: Any, rows: list[Row]) -> None:
 
 
 def _draw_frames_axis(axes: Any, rows: list[Row]) -> None:
-    """Upper axis: frames so far at the ticks of the lower one (rollout/frames counts those of one update)."""
-    frames_so_far, total = {0: 0.0}, 0.0
-    for row in rows:
-        if row.get("rollout/frames"):
-            total += row["rollout/frames"]
-            frames_so_far[row["step"]] = total / 1e6
-    if total == 0:
+    """Upper axis: frames so far at the ticks of the lower one."""
+    frames = {0: 0.0} | {row["step"]: row["rollout/frames"] / 1e6 for row in rows if row.get("rollout/frames")}
+    if len(frames) == 1:
         return
-    known = sorted(frames_so_far)
+    known = sorted(frames)
     ticks = [tick for tick in axes.get_xticks() if known[0] <= tick <= known[-1]]
     upper = axes.twiny()
     upper.set_xlim(axes.get_xlim())
-    upper.set_xticks(ticks, [f"{frames_so_far[max(step for step in known if step <= tick)]:.3g}" for tick in ticks])
+    upper.set_xticks(ticks, [f"{frames[max(step for step in known if step <= tick)]:.3g}" for tick in ticks])
     upper.set_xlabel("environment frames, millions")

@@ -29,16 +29,22 @@ class _Span:
         self._name = name
 
     def __enter__(self) -> None:
+        within = self._owner._within
+        if within and not self._name.startswith(within[-1] + "/"):
+            self._name = f"{within[-1]}/{self._name}"
+        within.append(self._name)
         self._start = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        self._owner._close(self._name, self._start, time.perf_counter())
+        self._owner._close(self._start, time.perf_counter())
 
 
 class Spans:
     """Sums seconds per span name. With a run folder, every span is also a line of traces/rank{rank}.jsonl:
 
     {"name", "start", "end" (Unix seconds), "update"}. Lines are kept in memory and written by `totals`.
+    A span inside another is filed under it: "rollout/act" within "eval" is "eval/rollout/act", so that names without a common
+    beginning never count the same second twice.
     Host time: on a GPU a span holds the device's work only as far as the host waits for it inside the span.
     Set `update` at the start of each update; it labels the trace lines.
     """
@@ -47,6 +53,7 @@ class Spans:
         self.update = 0
         self._path = None if run_dir is None else run_dir / TRACE_FOLDER / f"rank{rank}.jsonl"
         self._epoch = time.time() - time.perf_counter()
+        self._within: list[str] = []
         self._seconds: dict[str, float] = {}
         self._closed: list[tuple[str, float, float, int]] = []
 
@@ -55,7 +62,7 @@ class Spans:
         return _Span(self, name)
 
     def totals(self, reset: bool = True) -> dict[str, float]:
-        """Seconds per name since the last reset. A span inside another counts in both. Writes the trace lines gathered so far."""
+        """Seconds per name since the last reset, of closed spans. Writes the trace lines gathered so far."""
         seconds = dict(self._seconds)
         if reset:
             self._seconds.clear()
@@ -66,7 +73,8 @@ class Spans:
         self._closed.clear()
         return seconds
 
-    def _close(self, name: str, start: float, end: float) -> None:
+    def _close(self, start: float, end: float) -> None:
+        name = self._within.pop()
         self._seconds[name] = self._seconds.get(name, 0.0) + (end - start)
         if self._path is not None:
             self._closed.append((name, start, end, self.update))
