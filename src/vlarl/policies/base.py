@@ -82,6 +82,10 @@ class VLAPolicy:
         logp_BNM = log_distribution(logits_BNM, temperature, top_k)
         return Scores(token_logprob(logp_BNM, token_BN.to(self.device)), entropy(logp_BNM), value_BJ)
 
+    def logits(self, obs: Observation) -> Tensor:
+        """Unnormalised log-probabilities of the bins, float32 (B, N, 256), with gradient; for cloning."""
+        return self._forward(obs, None)[0]
+
     def _forward(self, obs: Observation, feature_BPF: Tensor | None) -> tuple[Tensor, Tensor]:
         prompt = self.prompts(obs.instruction)
         image = obs.image_BVHWC if feature_BPF is None else feature_BPF
