@@ -1,0 +1,226 @@
+"""Owns a running worker group: starts torchrun, follows the run folder, and sees to it that everything ends together.
+
+Ends for one of five reasons: every rank is done; a rank left an error file (the earliest one is the cause); a rank died without one;
+a rank's heartbeat stopped; a signal came. Whatever the reason, no process of the group is left when `supervise` returns.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from vlarl.errors import MachineError, VlarlError, WorkerError
+from vlarl.launch.rundir import RunDir, read_json
+from vlarl.launch.torchrun import Command
+
+POLL_SECONDS = 0.2
+CENSUS_SECONDS = 2.0  # between looks at who descends from torchrun; each reads the whole process table
+AFTERMATH_SECONDS = 3.0  # left to the other ranks to end by themselves once one has failed
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+KILL_SECONDS = 5.0  # a process in the middle of a device call takes a moment to die
+STACK_SECONDS = 0.5  # left to a stalled rank to write its stacks
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass
+class _Group:
+    """torchrun and everything below it. Ranks live in sessions of their own, so they are found by descent."""
+
+    process: subprocess.Popen[bytes]
+    members: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        try:
+            parent = psutil.Process(self.process.pid)
+            for member in (parent, *parent.children(recursive=True)):
+                self.members[member.pid, member.create_time()] = member
+        except psutil.Error:
+            return
+
+    def ranks(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children()
+        except psutil.Error:
+            return []
+
+    def end(self, grace_seconds: float, hurry: Callable[[], bool]) -> None:
+        """SIGTERM to torchrun, which passes it on; SIGKILL to whoever is left after the grace period (or at once when `hurry()`)."""
+        self.refresh()
+        if self.process.poll() is None:
+            self.process.terminate()
+        deadline = time.monotonic() + grace_seconds
+        while self.process.poll() is None and time.monotonic() < deadline and not hurry():
+            self.refresh()
+            time.sleep(POLL_SECONDS)
+        self.refresh()
+        for member in self.members.values():
+            _quietly(member.kill)
+        self.process.wait()
+        while any(_running(member) for member in self.members.values()) and time.monotonic() < deadline + KILL_SECONDS:
+            time.sleep(0.02)
+
+
+def supervise(
+    command: Command,
+    run: RunDir,
+    ranks: int,
+    stall_seconds: float,
+    on_progress: Callable[[dict[str, Any]], None],
+    grace_seconds: float = GRACE_SECONDS,
+) -> signal.Signals | None:
+    """Run to the end. Returns the signal that stopped the run, or None when every rank is done.
+
+    on_progress: called with the contents of status.json whenever they change. Raises VlarlError for a rank's user error, WorkerError where
+    a rank failed, died or stalled for `stall_seconds`.
+    """
+    caught: list[signal.Signals] = []
+    with _handlers(caught), run.torchrun_log.open("ab") as log:
+        try:
+            process = subprocess.Popen(
+                command.argv, env=dict(command.env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        except OSError as error:
+            raise MachineError(f"{command.argv[0]} cannot be started: {error.strerror}.") from None
+        group = _Group(process)
+        try:
+            failure = _follow(group, run, ranks, stall_seconds, on_progress, caught)
+        finally:
+            group.end(grace_seconds, lambda: len(caught) > 1)
+    if caught:
+        return caught[0]
+    if failure is None and process.returncode != 0:
+        failure = first_failure(run, ranks) or _silent_death(run, process.returncode)
+    if failure is not None:
+        raise failure
+    return None
+
+
+def _follow(
+    group: _Group,
+    run: RunDir,
+    ranks: int,
+    stall_seconds: float,
+    on_progress: Callable[[dict[str, Any]], None],
+    caught: list[signal.Signals],
+) -> VlarlError | None:
+    """Poll until the group ends, fails, stalls or is told to stop."""
+    started, seen, census = time.time(), None, 0.0
+    while not caught:
+        ended = group.process.poll() is not None
+        status = read_json(run.status)
+        if isinstance(status, dict) and status != seen:
+            seen = status
+            on_progress(status)
+        if ended:
+            return first_failure(run, ranks)
+        if time.monotonic() - census > CENSUS_SECONDS:
+            group.refresh()
+            census = time.monotonic()
+        if first_failure(run, ranks) is not None:
+            _wait(group.process, AFTERMATH_SECONDS)  # so that an earlier cause on another rank is on disk too
+            return first_failure(run, ranks)
+        stalled = _stalled(run, ranks, started, stall_seconds)
+        if stalled is not None:
+            for member in group.ranks():
+                _quietly(lambda m=member: m.send_signal(signal.SIGUSR1))  # type: ignore[misc]
+            time.sleep(STACK_SECONDS)
+            return stalled
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def first_failure(run: RunDir, ranks: int) -> VlarlError | None:
+    """The earliest error that a rank left in logs/rank{r}.error.json, as the exception to raise; None if there is none."""
+    found = [(row["time"], rank, row) for rank in range(ranks) if isinstance(row := read_json(run.error(rank)), dict)]
+    if not found:
+        return None
+    _, rank, row = min(found, key=lambda item: item[:2])
+    if row["kind"] == "user":
+        return VlarlError(row["message"], row["hint"])
+    return WorkerError(f"Rank {rank} failed in phase {row['phase']!r}: {row['message']}", f"{row['hint']} Log: {run.log(rank)}".strip())
+
+
+def _silent_death(run: RunDir, returncode: int) -> VlarlError:
+    """A rank that died without a word: torchrun's report names it."""
+    text = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
+    report = text[text.rfind("Root Cause") :] if "Root Cause" in text else ""
+    rank = re.search(r"rank\s*:\s*(\d+)", report)
+    code = re.search(r"exitcode\s*:\s*(-?\d+)", report)
+    if rank is None or code is None:
+        return WorkerError(f"torchrun ended with exit code {returncode} before any rank reported.", f"Log: {run.torchrun_log}")
+    number, value = int(rank.group(1)), int(code.group(1))
+    beat = read_json(run.heartbeat(number))
+    phase = repr(beat["phase"]) if isinstance(beat, dict) else "the start"
+    if value == -signal.SIGKILL:
+        cause = "was killed (SIGKILL); the system does that when memory runs out"
+    elif value < 0:
+        cause = f"was ended by {signal.Signals(-value).name}"
+    else:
+        cause = f"ended with exit code {value}"
+    return WorkerError(
+        f"Rank {number} {cause}, in phase {phase}.", f"Log: {run.log(number) if run.log(number).exists() else run.torchrun_log}"
+    )
+
+
+def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
+    """The rank that has been silent longest, if longer than allowed."""
+    now, beats = time.time(), []
+    for rank in range(ranks):
+        beat = read_json(run.heartbeat(rank))
+        beats.append((beat["time"], rank, beat["phase"]) if isinstance(beat, dict) else (started, rank, "start"))
+    last, rank, phase = min(beats)
+    if now - max(last, started) < stall_seconds:
+        return None
+    message = f"Rank {rank} has reported nothing for {now - last:.0f} s (stall_seconds = {stall_seconds:g}); its last phase was {phase!r}."
+    return WorkerError(message, f"Its threads' stacks are at the end of {run.log(rank)}.")
+
+
+@contextmanager
+def _handlers(caught: list[signal.Signals]) -> Iterator[None]:
+    """Note Ctrl-C, SIGTERM and SIGHUP instead of dying of them; only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _running(process: psutil.Process) -> bool:
+    """False for zombies: what is left of a process whose parent has not asked for its exit code yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """Signal a process that may be gone."""
+    try:
+        action()
+    except (psutil.Error, OSError):
+        return
