@@ -11,8 +11,10 @@ SOURCES := pyproject.toml constraints.txt scripts/install.sh
 
 .PHONY: quickstart install test lint clean
 
+# A run that was interrupted goes on from its last checkpoint.
 quickstart: $(INSTALLED)
-	$(VENV)/bin/vlarl train recipes/quickstart.yaml --out $(OUT)
+	@if ls $(OUT)/checkpoints/*/manifest.json >/dev/null 2>&1; then set -x; $(VENV)/bin/vlarl train --resume $(OUT); \
+	else set -x; $(VENV)/bin/vlarl train recipes/quickstart.yaml --out $(OUT); fi
 	$(VENV)/bin/vlarl eval --ckpt $(OUT)
 
 install: $(INSTALLED)
