@@ -35,17 +35,22 @@ def shard(
     """Shard `module`'s parameters over `mesh`, in place; build the optimiser afterwards.
 
     Parameters keep their dtype as masters (float32, or float64 runs); forward and backward run in `compute_dtype` where it differs,
-    gradients are reduced in the masters' dtype. units: transformer blocks, each gathered just before its forward; models under
-    50 M parameters are sharded as one unit. forward_methods: methods besides `forward` that are called from outside and use the
-    weights. They, and `forward`, must return tensors, or tuples, lists or dicts of tensors: FSDP finds the tensors that
-    need a gradient by walking the output. activation_checkpointing: recompute each unit's forward in backward.
+    gradients are reduced in the masters' dtype. Inputs and buffers are not cast: the module does that itself.
+    units: transformer blocks, each gathered just before its forward; models under 50 M parameters are sharded as one unit.
+    forward_methods: methods besides `forward` that are called from outside and use the weights. They, and `forward`, must return
+    tensors, or tuples, lists or dicts of tensors: FSDP finds the tensors that need a gradient by walking the output.
+    activation_checkpointing: recompute each unit's forward in backward.
     """
     parameters = list(module.parameters())
     master_dtypes = {p.dtype for p in parameters}
     assert len(master_dtypes) == 1, f"masters must have one dtype, got {master_dtypes}"
     master_dtype = parameters[0].dtype
     mixed = compute_dtype != master_dtype
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype if mixed else None, reduce_dtype=master_dtype if mixed else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if mixed else None,
+        reduce_dtype=master_dtype if mixed else None,
+        cast_forward_inputs=False,  # sampling noise and log-probs among the inputs must keep their precision
+    )
     if activation_checkpointing:
         for unit in units:
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -53,9 +58,9 @@ def shard(
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
-    for unit in _fsdp_modules(module):
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # else the factor asks for a reduction that gloo lacks
+    for wrapped in _fsdp_modules(module):
+        wrapped.set_gradient_divide_factor(1.0)
+        wrapped.set_force_sum_reduction_for_comms(True)  # else the factor asks for a reduction that gloo lacks
     for name in forward_methods:
         torch.distributed.fsdp.register_fsdp_forward_method(module, name)
 
@@ -66,18 +71,17 @@ def acting(module: nn.Module) -> Iterator[None]:
 
     Ranks may call `module` any number of times inside, none included. The weights and the forward code are those of learning.
     """
-    root = _root(module)
+    root, units = _root(module), _fsdp_modules(module)
     try:
-        for unit in _fsdp_modules(module):
+        for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         with torch.no_grad():
             yield
     finally:
-        # Also forgets the order of the forwards seen here, which differs between ranks and must not steer backward's prefetching.
-        root.reset_iter_state()
-        for unit in _fsdp_modules(module):
-            unit.set_reshard_after_forward(unit is not root, recurse=False)
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not root, recurse=False)  # the root's weights are needed first in backward
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
