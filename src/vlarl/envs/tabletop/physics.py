@@ -20,7 +20,8 @@ GRASP_ANGLE = 0.5  # a grasp needs smaller tilt and yaw than this
 GRASP_XY, GRASP_Z = 0.038, 0.035
 FINGER_DOWN = 0.012  # finger tips reach this far below ee
 FINGER_SIDE = 0.016  # half width of the closed fingers
-HEIGHT = (0.02, 0.34)
+GRIPPER_REACH = (0.33, 0.37)  # |x|, |y| of ee: it can stand behind any object
+HEIGHT = (0.02, 0.34)  # z of ee
 SUBSTEPS = 3  # STEP / SUBSTEPS is less than HALF: nothing is jumped over
 PUT_RADIUS = 0.05
 TOUCH_XY, TOUCH_Z = 0.035, 0.048
@@ -34,8 +35,8 @@ def step(state: State, scene: Scene, action_BA: Tensor) -> State:
     ee, objects = state.ee_B3, state.object_BM3
     number = torch.arange(objects.shape[1], device=ee.device)
     held_BM = number[None] == state.held_B[:, None]
-    low = torch.tensor([-REACH[0], -REACH[1], HEIGHT[0]], device=ee.device)
-    high = torch.tensor([REACH[0], REACH[1], HEIGHT[1]], device=ee.device)
+    low = torch.tensor([-GRIPPER_REACH[0], -GRIPPER_REACH[1], HEIGHT[0]], device=ee.device)
+    high = torch.tensor([GRIPPER_REACH[0], GRIPPER_REACH[1], HEIGHT[1]], device=ee.device)
     for _ in range(SUBSTEPS):
         moved = torch.minimum(torch.maximum(ee + action[:, :3] * (STEP / SUBSTEPS), low), high)
         ee, objects = _contact(ee, moved, objects, held_BM, state.closed_B & (state.held_B < 0))

@@ -21,7 +21,7 @@ HALF = 0.034  # half the edge of a cube; every object's half height and half wid
 PLATES = 2
 PLATE_TOP = 0.01
 PLATE_RADIUS = 0.06
-REACH = (0.27, 0.31)  # |x|, |y| that gripper and objects stay within
+REACH = (0.27, 0.31)  # |x|, |y| that the objects' centres stay within
 TARGET_SHIFT = 0.08  # push: distance that counts as pushed
 PUT, PUSH, TOUCH = range(3)
 
