@@ -24,9 +24,9 @@ class OpenVLAConfig:
     """config.json, read as data.
 
     tower_ids, image_sizes: one or two (DINOv2, SigLIP). text: LlamaConfig fields, as written. chunk (K), action_dim (A), views,
-    proprio_dim: as in PolicySpec. stop_token: whether the sequence ends with the stop token. normalization: actions scaled by q01/q99 or min/max;
-    epsilon: whether un-normalising adds 1e-8 to the range. blank_id: token that ends every prompt. value_outputs: of the stored value
-    head, 0 where there is none. raw: the file as it is, for saving.
+    proprio_dim: as in PolicySpec. stop_token: whether the sequence ends with the stop token. normalization: actions scaled by q01/q99
+    or min/max; epsilon: whether un-normalising adds 1e-8 to the range. blank_id: token that ends every prompt. value_outputs: of the
+    stored value head, 0 where there is none. raw: the file as it is, for saving.
     """
 
     kind: str

@@ -23,9 +23,9 @@ def sample(logp_BNM: Tensor, noise_BN: Tensor) -> Tensor:
 
     Summed in float64. Noise beyond the sum (rounding) falls on the last bin that has any probability.
     """
-    cdf = logp_BNM.double().exp().cumsum(-1)
-    below = (cdf <= noise_BN.double()[..., None]).sum(-1)
-    return torch.minimum(below, (cdf < cdf[..., -1:]).sum(-1))
+    cdf = logp_BNM.exp().cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, noise_BN.double()[..., None].contiguous(), right=True)
+    return torch.minimum(drawn, torch.searchsorted(cdf, cdf[..., -1:].contiguous()))[..., 0]
 
 
 def token_logprob(logp_BNM: Tensor, token_BN: Tensor) -> Tensor:

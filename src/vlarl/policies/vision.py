@@ -114,13 +114,6 @@ class VisionTower(nn.Module):
                 dead.append(self.attn_pool)
             for module in dead:
                 module.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(shape.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(shape.std).view(1, 3, 1, 1), persistent=False)
-
-    def normalize(self, image_BCHW: Tensor) -> Tensor:
-        """Intensities in [0, 1], any float dtype -> this tower's input."""
-        return (image_BCHW - self.mean) / self.std
-
     def forward(self, pixel_BCHW: Tensor) -> Tensor:
         x_BSD = self.patch_embed(pixel_BCHW.to(self.pos_embed.dtype)) + self.pos_embed
         if self.prefix:
@@ -147,6 +140,11 @@ class VisionBackbone(nn.Module):
         self.featurizer = VisionTower(shapes[0], image_sizes[0])
         if len(shapes) == 2:
             self.fused_featurizer = VisionTower(shapes[1], image_sizes[1])
+        # (x / 255 - mean) / std as x * scale + shift: one pass over the pixels for both towers.
+        std = torch.tensor([shape.std for shape in shapes], dtype=torch.float64).view(1, len(shapes), 3, 1, 1)
+        mean = torch.tensor([shape.mean for shape in shapes], dtype=torch.float64).view(1, len(shapes), 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
         self.image_size = image_sizes[0]
         self.width = sum(shape.width for shape in shapes)
 
@@ -161,8 +159,7 @@ class VisionBackbone(nn.Module):
         if image.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
-        image = image / 255
-        return torch.cat([tower.normalize(image) for tower in self.towers], dim=1)
+        return torch.addcmul(self.shift.to(dtype), image[:, None], self.scale.to(dtype)).flatten(1, 2)
 
     def forward(self, pixel_BCHW: Tensor) -> Tensor:
         """(B, 3 x towers, S, S) -> (B, P, sum of widths)."""
