@@ -177,7 +177,12 @@ def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> W
     now, beats = time.time(), []
     for rank in range(ranks):
         beat = read_json(run.heartbeat(rank))
-        beats.append((beat["time"], rank, beat["phase"]) if isinstance(beat, dict) else (started, rank, "start"))
+        if isinstance(beat, dict):
+            beats.append((beat["time"], rank, beat["phase"]))
+        elif not run.heartbeat(rank).exists():
+            beats.append((started, rank, "start"))
+        else:  # caught while it is being overwritten: alive
+            beats.append((now, rank, ""))
     last, rank, phase = min(beats)
     if now - max(last, started) < stall_seconds:
         return None

@@ -51,7 +51,7 @@ def load_with_origins(path: Path, override_items: list[str], shipped: Mapping[st
         recipe = _adapter().validate_json(json.dumps(_repaired(values, wrong)), strict=True)
     except ValidationError:  # a placeholder could not mend it; what was found so far is reported
         raise RecipeError(sorted(problems, key=line_order), str(path)) from None
-    blamed = {dotted(key) for key in wrong}
+    blamed = {dotted(key[:-1] if key[-1] == "kind" else key) for key in wrong}
     for clash in recipe_clashes(recipe):
         if not any(_touches(name, blamed) for name in (clash.field, *clash.others)):
             problems.append(sentence(clash, recipe, origins))

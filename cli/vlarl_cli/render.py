@@ -1,0 +1,151 @@
+"""Owns everything that is printed: plans, progress, results, errors. Nothing else prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from vlarl.errors import VlarlError
+from vlarl.plan.memory import phase_bytes
+from vlarl.plan.placement import PlacementPlan
+
+PLAIN_SECONDS = 15.0  # between progress lines where the output is not a terminal
+RANKS_SHOWN = 16
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def error(problem: VlarlError) -> None:
+    """One message in red, and what to do about it."""
+    err.print(Text("error: ", style="bold red") + Text(problem.message, style="red"), soft_wrap=True)
+    if problem.hint:
+        err.print(Text(problem.hint), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One plain line."""
+    out.print(Text(text), soft_wrap=True)
+
+
+def plan(placement: PlacementPlan) -> None:
+    """Ranks, roles, slots, the batch equation, and the memory estimate of one device."""
+    note(f"{placement.name}: {placement.reason}")
+    ranks = Table("rank", "device", "threads", "roles", "env slots", title="ranks", title_justify="left")
+    for rank in placement.ranks[:RANKS_SHOWN]:
+        first, end = rank.slots
+        where = rank.device if placement.workers.nnodes == 1 else f"node {rank.node}, {rank.device}"
+        ranks.add_row(str(rank.rank), where, str(rank.threads), ", ".join(rank.roles), f"{first}-{end - 1}")
+    if len(placement.ranks) > RANKS_SHOWN:
+        ranks.add_row("...", f"{len(placement.ranks) - RANKS_SHOWN} more", "", "", "")
+    out.print(ranks)
+    stages = f", in {placement.rollout.stages} stages" if placement.rollout.stages > 1 else ""
+    note(f"batch: {placement.equation}")
+    note(f"mode: {placement.mode}{stages}; dtype: {placement.dtype}; backend: {placement.workers.backend}; seed: {placement.seed}")
+    out.print(_memory_table(placement))
+
+
+def _memory_table(placement: PlacementPlan) -> Table:
+    table = Table("component", title="memory of one rank, estimated", title_justify="left")
+    phases = list(dict.fromkeys(row.phase for row in placement.memory))
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    sizes = {(row.component, row.phase): row.bytes for row in placement.memory}
+    for component in dict.fromkeys(row.component for row in placement.memory):
+        table.add_row(component, *(_size(sizes.get((component, phase))) for phase in phases))
+    table.add_section()
+    table.add_row("together", *(_size(phase_bytes(placement.memory, phase)) for phase in phases), style="bold")
+    there = "unknown" if placement.capacity_bytes is None else _size(placement.capacity_bytes)
+    table.add_row("there is", *(there for _ in phases))
+    return table
+
+
+def result(value: dict[str, Any]) -> None:
+    """A worker's result.json: one table and some notes."""
+    if "table" in value:
+        described = value["table"]
+        table = Table(*(str(c) for c in described["columns"]), title=escape(str(described["title"])), title_justify="left")
+        for row in described["rows"]:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        out.print(table)
+    for line in value.get("notes", []):
+        note(str(line))
+
+
+def recipe_list(rows: list[tuple[str, str]]) -> None:
+    """Shipped recipes with one line each."""
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    out.print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A display for the contents of status.json: live on a terminal, a line now and then elsewhere."""
+    if not out.is_terminal:
+        yield PlainProgress(note, time.monotonic)
+        return
+    with Live(Text("starting ..."), console=out, refresh_per_second=4, transient=True) as live:
+        yield lambda status: live.update(_display(status))
+
+
+class PlainProgress:
+    """Prints a line when the phase changes or some time has passed, and for the last update."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._write, self._clock = write, clock
+        self._phase: str | None = None
+        self._printed = 0.0
+
+    def __call__(self, status: dict[str, Any]) -> None:
+        last = status["updates"] > 0 and status["update"] == status["updates"]
+        if status["phase"] == self._phase and self._clock() - self._printed < PLAIN_SECONDS and not last:
+            return
+        self._phase, self._printed = status["phase"], self._clock()
+        self._write("  ".join([status["phase"], _count(status), *_figures(status), status["line"]]).rstrip())
+
+
+def _display(status: dict[str, Any]) -> Group:
+    row = Table.grid(padding=(0, 2))
+    updates = max(1, status["updates"])
+    bar = ProgressBar(total=updates, completed=min(status["update"], updates), width=30)
+    row.add_row(Text(status["phase"], style="bold"), bar, _count(status), *_figures(status))
+    return Group(row, Text(status["line"], style="dim"))
+
+
+def _count(status: dict[str, Any]) -> str:
+    return f"{status['update']}/{status['updates']}"
+
+
+def _figures(status: dict[str, Any]) -> list[str]:
+    """What is known of speed, success and time left."""
+    found = []
+    if status["frames_per_second"] is not None:
+        found.append(f"{status['frames_per_second']:,.0f} frames/s")
+    if status["success"] is not None:
+        found.append(f"success {status['success']:.1%}")
+    if status["episodes"]:
+        found.append(f"{status['episodes']:,} episodes")
+    if status["eta_seconds"] is not None:
+        minutes, seconds = divmod(int(status["eta_seconds"]), 60)
+        found.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left" if minutes >= 60 else f"{minutes}:{seconds:02d} left")
+    return found
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

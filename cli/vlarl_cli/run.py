@@ -1,0 +1,127 @@
+"""Owns the way of a command from recipe to result: load, plan, make the run folder, launch, follow, print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlarl.distributed.manifest import latest
+from vlarl.errors import CheckpointError, PlanError, RecipeError, VlarlError, WorkerError
+from vlarl.launch import rundir
+from vlarl.launch.supervisor import supervise
+from vlarl.launch.torchrun import Job, command, rank_env, worker_arguments
+from vlarl.plan.cluster import Cluster, discover
+from vlarl.plan.compile import compile_plan
+from vlarl.plan.memory import checkpoint_bytes
+from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.recipe.load import LoadedRecipe, load_with_origins
+from vlarl_cli import render
+from vlarl_cli.shipped import find_recipe, shipped_recipes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be started. arguments of the worker come from job, resume and variations."""
+
+    job: Job
+    out: Path | None = None
+    resume: bool = False
+    in_process: bool = False
+    variations: tuple[str, ...] = ()
+
+
+def load(name: str, overrides: list[str]) -> LoadedRecipe:
+    """A recipe by file or shipped name."""
+    return load_with_origins(find_recipe(name), overrides, shipped_recipes())
+
+
+def make_plan(loaded: LoadedRecipe, job: Job, cluster: Cluster | None = None) -> PlacementPlan:
+    """The plan for this machine, or for another one."""
+    recipe = loaded.recipe
+    there = cluster or discover(recipe.device)
+    return compile_plan(recipe, there, policy_spec(recipe), simulator_spec(recipe.env), job, loaded.origins)
+
+
+def start(loaded: LoadedRecipe, launch: Launch) -> int:
+    """Run a job in a new run folder. Returns the exit code."""
+    recipe = loaded.recipe
+    if launch.job == "sft" and recipe.warmstart is None:
+        raise RecipeError(["warmstart: required for `vlarl sft`, and not given. Add a warmstart section with `steps`."], recipe.name)
+    plan = make_plan(loaded, launch.job)
+    out = launch.out or rundir.default_path(recipe.name, time.time())
+    needed = 0 if launch.job == "eval" else checkpoint_bytes(recipe, policy_spec(recipe), plan.dtype)
+    run = rundir.create(out, recipe, plan, needed)
+    return _follow(run, plan, recipe.stall_seconds, launch)
+
+
+def resume(run_path: Path, overrides: list[str], launch: Launch) -> int:
+    """Go on with the run in `run_path` from its newest checkpoint. Overrides change its recipe (`update.updates=200`)."""
+    if not (run_path / "recipe.json").is_file():
+        raise CheckpointError(
+            f"{run_path} is not a run folder: it has no recipe.json.", "Name the folder that --out named, or one in runs/."
+        )
+    newest = latest(run_path)
+    if newest is None:
+        raise CheckpointError(f"{run_path} holds no finished checkpoint to go on from.", "Start the recipe anew, in another folder.")
+    loaded = load_with_origins(run_path / "recipe.json", [*overrides, *_policy_override(run_path, newest)])
+    plan = make_plan(loaded, launch.job)
+    rundir.check_space(run_path, rundir.LOG_BYTES)
+    run = rundir.reopen(run_path, loaded.recipe, plan)
+    return _follow(run, plan, loaded.recipe.stall_seconds, launch)
+
+
+def _policy_override(run_path: Path, newest: Path) -> list[str]:
+    """The policy that the run began with may have moved; its checkpoint has the same shape."""
+    source = rundir.read_json(run_path / "recipe.json")["policy"]["checkpoint"]
+    if ":" in source or Path(source).is_dir():
+        return []
+    return [f"policy.checkpoint={json.dumps(str(newest / 'policy'))}"]
+
+
+def _follow(run: rundir.RunDir, plan: PlacementPlan, stall_seconds: float, launch: Launch) -> int:
+    arguments = worker_arguments(run.path, launch.job, launch.resume, launch.variations)
+    render.note(f"{plan.name}: {plan.reason}")
+    render.note(f"batch: {plan.equation}" if launch.job == "train" else f"job: {launch.job}")
+    render.note(f"run folder: {run.path}")
+    if launch.in_process:
+        return _in_process(run, plan, arguments)
+    torchrun = command(plan, run.path, arguments, os.environ, os.getpid())
+    try:
+        with render.progress() as on_progress:
+            stopped = supervise(torchrun, run, len(plan.ranks), stall_seconds, on_progress)
+    except VlarlError:
+        _offer_resume(run, launch)
+        raise
+    if stopped is not None:
+        render.note(f"Stopped by {stopped.name}; nothing is left running.")
+        _offer_resume(run, launch)
+        return 128 + stopped.value
+    return _print_result(run)
+
+
+def _in_process(run: rundir.RunDir, plan: PlacementPlan, arguments: tuple[str, ...]) -> int:
+    """One rank in this very process, for breakpoints: no torchrun, no supervision, output on the screen."""
+    if len(plan.ranks) != 1:
+        raise PlanError(f"--in-process runs one rank and the plan has {len(plan.ranks)}.", "Add ranks=1 to the command.")
+    threads = {name: value for name, value in rank_env(plan, run.path, os.getpid()).items() if not name.startswith("VLARL_")}
+    os.environ.update(threads)
+    code: int = importlib.import_module("vlarl.worker.__main__").main(list(arguments))
+    return code or _print_result(run)
+
+
+def _print_result(run: rundir.RunDir) -> int:
+    result = rundir.read_json(run.result)
+    if not isinstance(result, dict):
+        raise WorkerError("The ranks ended without an error and without a result.", f"Log: {run.log(0)}")
+    render.result(result)
+    return 0
+
+
+def _offer_resume(run: rundir.RunDir, launch: Launch) -> None:
+    if launch.job == "train" and latest(run.path) is not None:
+        render.note(f"Go on from the last checkpoint: vlarl train --resume {run.path}")

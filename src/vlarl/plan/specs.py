@@ -1,0 +1,19 @@
+"""Owns the look-up of a recipe's simulator and policy facts for the planner. Torch-free."""
+
+from __future__ import annotations
+
+from vlarl.envs.spec import EnvSpec
+from vlarl.envs.tabletop.spec import env_spec
+from vlarl.policies.layout import read_policy_spec
+from vlarl.policies.spec import PolicySpec
+from vlarl.recipe.schema import Env, Recipe
+
+
+def simulator_spec(env: Env) -> EnvSpec:
+    """What the recipe's simulator offers under its settings."""
+    return env_spec(env.tasks, env.horizon, env.image_size, env.wrist_camera)
+
+
+def policy_spec(recipe: Recipe) -> PolicySpec:
+    """What the recipe's policy expects and emits. Raises CheckpointError where its folder is missing or damaged."""
+    return read_policy_spec(recipe.policy.checkpoint, recipe.policy.unnorm_key)
