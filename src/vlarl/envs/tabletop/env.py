@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ class Tabletop:
         before = physics.progress(self._state, self._scene) if self._shaped else None
         plates = self._state.plate_BP2
         for k in range(action_BKA.shape[1]):
-            moved = physics.step(self._state, self._scene, action_BKA[:, k])
+            start = physics.move_target(self._state, self._scene) if self._row.move_probability else self._state
+            moved = physics.step(start, action_BKA[:, k])
             self._state = scene.choose(going, moved, self._state)
             won = going & physics.success(self._state, self._scene)
             lost = going & ~won & (self._state.step_B >= self.spec.horizon)
@@ -117,22 +119,23 @@ class Tabletop:
         return tuple(self._sentences[i] for i in index.tolist())
 
     def expert_chunk(self, chunk: int, clumsiness: float) -> Tensor:
-        """The scripted expert's next `chunk` actions (B, chunk, 7) from every slot's present state, found by simulating ahead on a copy.
-        clumsiness: share of episodes (a fixed draw of each episode) whose expert misses its aim."""
+        """The scripted expert's next `chunk` actions (B, chunk, 7) from every slot's present state, found by simulating ahead on a copy
+        (not foreseeing that a target will move). clumsiness: share of episodes, by a fixed draw of each, whose expert misses its aim.
+        """
         clumsy = self._scene.luck_B < clumsiness
         state, actions = self._state, []
         for _ in range(chunk):
             actions.append(expert.act(state, self._scene, clumsy))
-            state = physics.step(state, self._scene, actions[-1])
+            state = physics.step(state, actions[-1])
         return torch.stack(actions, 1)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: tensors (copies) and lists."""
         tensors = {f"state.{f.name}": getattr(self._state, f.name).clone() for f in fields(self._state)}
         tensors |= {f"scene.{f.name}": getattr(self._scene, f.name).clone() for f in fields(self._scene)}
         return {**tensors, "done": self._done_B.clone(), "sentences": list(self._sentences)}
 
-    def load_state_dict(self, saved: dict[str, object]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, of a simulator built with the same arguments."""
         read = lambda name: saved[name].to(self.device).clone()  # noqa: E731
         self._state = replace(self._state, **{f.name: read(f"state.{f.name}") for f in fields(self._state)})

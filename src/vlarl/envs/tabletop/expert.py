@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlarl.envs.tabletop.physics import FINGER_SIDE, STEP, TURN, pushed_distance
-from vlarl.envs.tabletop.scene import HALF, PLATE_TOP, PUSH, PUT, Scene, State, directions, pick
+from vlarl.envs.tabletop.scene import HALF, PLATE_TOP, PUSH, PUT, Scene, State, pick
 
 
 def act(state: State, scene: Scene, clumsy_B: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _put(state: State, scene: Scene, clumsy_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _push(state: State, scene: Scene, clumsy_B: Tensor) -> tuple[Tensor, Tensor]:
     ee, cube = state.ee_B3, pick(state.object_BM3, scene.target_B)
-    way = directions(ee.device)[scene.goal_B]
+    way = scene.way_B2
     rel = ee[:, :2] - cube[:, :2]
     along = rel[:, 0] * way[:, 0] + rel[:, 1] * way[:, 1]
     across = rel - along[:, None] * way

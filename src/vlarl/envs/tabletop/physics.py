@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlarl.envs.tabletop.scene import HALF, PLATE_RADIUS, PLATE_TOP, PUSH, PUT, REACH, TARGET_SHIFT, Scene, State, directions, pick
+from vlarl.envs.tabletop.scene import HALF, PLATE_RADIUS, PLATE_TOP, PUSH, PUT, REACH, TARGET_SHIFT, Scene, State, pick
 
 STEP = 0.045  # metres per unit of translation
 TURN = 0.1  # radians per unit of rotation
@@ -22,47 +22,50 @@ FINGER_DOWN = 0.012  # finger tips reach this far below ee
 FINGER_SIDE = 0.016  # half width of the closed fingers
 GRIPPER_REACH = (0.33, 0.37)  # |x|, |y| of ee: it can stand behind any object
 HEIGHT = (0.02, 0.34)  # z of ee
-SUBSTEPS = 3  # STEP / SUBSTEPS is less than HALF: nothing is jumped over
+SUBSTEPS = 2  # STEP / SUBSTEPS is less than HALF: nothing is jumped over
 PUT_RADIUS = 0.05
 TOUCH_XY, TOUCH_Z = 0.035, 0.048
 
 
-def step(state: State, scene: Scene, action_BA: Tensor) -> State:
+def step(state: State, action_BA: Tensor) -> State:
     """The state after one action in every slot. action_BA: float (B, 7), clamped to [-1, 1]."""
     action = action_BA.float().clamp(-1, 1)
-    state = _move_target(state, scene)
     euler = (state.euler_B3 + action[:, 3:6] * TURN).clamp(-TILT_LIMIT, TILT_LIMIT)
     ee, objects = state.ee_B3, state.object_BM3
     number = torch.arange(objects.shape[1], device=ee.device)
-    held_BM = number[None] == state.held_B[:, None]
-    low = torch.tensor([-GRIPPER_REACH[0], -GRIPPER_REACH[1], HEIGHT[0]], device=ee.device)
-    high = torch.tensor([GRIPPER_REACH[0], GRIPPER_REACH[1], HEIGHT[1]], device=ee.device)
+    holding = state.held_B >= 0
+    held_BM = number == state.held_B[:, None]
+    move = action[:, :3] * (STEP / SUBSTEPS)
     for _ in range(SUBSTEPS):
-        moved = torch.minimum(torch.maximum(ee + action[:, :3] * (STEP / SUBSTEPS), low), high)
-        ee, objects = _contact(ee, moved, objects, held_BM, state.closed_B & (state.held_B < 0))
-        floor = _support(objects, state.plate_BP2, held_BM)  # what a held object cannot be lowered through
-        floor_B = torch.where(held_BM, floor, torch.zeros_like(floor)).amax(1)
-        ee = torch.cat([ee[:, :2], torch.maximum(ee[:, 2], torch.where(state.held_B >= 0, floor_B, 0.0))[:, None]], -1)
+        ee, objects = _contact(ee, _within_reach(ee + move), objects, held_BM, state.closed_B & ~holding)
         objects = torch.where(held_BM[..., None], ee[:, None], objects)
+    floor = torch.where(held_BM, _support(objects, state.plate_BP2, held_BM), 0.0).amax(1)  # a held object is not lowered through things
+    ee = torch.cat([ee[:, :2], torch.where(holding, torch.maximum(ee[:, 2], floor), ee[:, 2])[:, None]], -1)
+    objects = torch.where(held_BM[..., None], ee[:, None], objects)
     yaw = state.yaw_BM + torch.where(held_BM, (euler - state.euler_B3)[:, 2:], 0.0)
     closed = action[:, 6] > 0
-    held = torch.where(closed, torch.where(state.held_B < 0, _grasp(state, ee, euler, objects, closed), state.held_B), -1)
-    held_BM = number[None] == held[:, None]
+    held = torch.where(closed, torch.where(holding, state.held_B, _grasp(state, ee, euler, objects, closed)), -1)
+    held_BM = number == held[:, None]
     objects = torch.where(held_BM[..., None], ee[:, None], objects)
-    floor = _support(objects, state.plate_BP2, held_BM)
-    objects = torch.cat([objects[..., :2], torch.where(held_BM, objects[..., 2], floor)[..., None]], -1)
+    height = torch.where(held_BM, objects[..., 2], _support(objects, state.plate_BP2, held_BM))  # what is not held falls
+    objects = torch.cat([objects[..., :2], height[..., None]], -1)
     return replace(state, ee_B3=ee, euler_B3=euler, closed_B=closed, held_B=held, object_BM3=objects, yaw_BM=yaw, step_B=state.step_B + 1)
 
 
-def _move_target(state: State, scene: Scene) -> State:
-    """Variation `execution`: the goal plate (put) or the target object (unless held) moves once."""
+def _within_reach(ee: Tensor) -> Tensor:
+    x, y, z = ee.unbind(-1)
+    return torch.stack([x.clamp(-GRIPPER_REACH[0], GRIPPER_REACH[0]), y.clamp(-GRIPPER_REACH[1], GRIPPER_REACH[1]), z.clamp(*HEIGHT)], -1)
+
+
+def move_target(state: State, scene: Scene) -> State:
+    """Variation `execution`: before its step `move_step_B`, the goal plate (put) or the target object (unless held) is moved."""
     now = state.step_B == scene.move_step_B
     put = scene.family_B == PUT
     number = torch.arange(state.plate_BP2.shape[1], device=now.device)
-    plate = (now & put)[:, None] & (number[None] == scene.goal_B[:, None])
+    plate = (now & put)[:, None] & (number == scene.goal_B[:, None])
     number = torch.arange(state.object_BM3.shape[1], device=now.device)
     free = now & ~put & (state.held_B != scene.target_B)
-    moved = free[:, None] & (number[None] == scene.target_B[:, None])
+    moved = free[:, None] & (number == scene.target_B[:, None])
     to = scene.move_to_B2[:, None]
     xy = torch.where(moved[..., None], to, state.object_BM3[..., :2])
     return replace(
@@ -86,10 +89,8 @@ def _contact(ee: Tensor, moved: Tensor, objects: Tensor, held_BM: Tensor, pusher
     shift = torch.minimum(depth, travel) * torch.where(rel >= 0, 1.0, -1.0)
     shift = torch.where(torch.stack([along_x, ~along_x], -1) & pushed[..., None], shift, 0.0)
     xy = _separate(objects[..., :2] + shift, objects[..., 2], pushed | held_BM)
-    bound = torch.tensor(REACH, device=ee.device)
-    xy = torch.minimum(torch.maximum(xy, -bound), bound)
     moved = torch.cat([moved[:, :2], torch.maximum(moved[:, 2], height)[:, None]], -1)
-    return moved, torch.cat([xy, objects[..., 2:]], -1)
+    return moved, torch.stack([xy[..., 0].clamp(-REACH[0], REACH[0]), xy[..., 1].clamp(-REACH[1], REACH[1]), objects[..., 2]], -1)
 
 
 def _separate(xy: Tensor, z: Tensor, fixed_BM: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def _grasp(state: State, ee: Tensor, euler: Tensor, objects: Tensor, closed_B: T
 
 def pushed_distance(state: State, scene: Scene) -> Tensor:
     """Metres (B,) that the target moved along the goal direction since the start (meaningful for push)."""
-    way = directions(state.ee_B3.device)[scene.goal_B]
+    way = scene.way_B2
     rel = pick(state.object_BM3, scene.target_B)[:, :2] - state.origin_B2
     return rel[:, 0] * way[:, 0] + rel[:, 1] * way[:, 1]
 
@@ -164,7 +165,7 @@ def progress(state: State, scene: Scene) -> Tensor:
     """
     target = pick(state.object_BM3, scene.target_B)
     plate = pick(state.plate_BP2, scene.goal_B.clamp(max=state.plate_BP2.shape[1] - 1))
-    way = directions(state.ee_B3.device)[scene.goal_B]
+    way = scene.way_B2
     behind = torch.cat([target[:, :2] - way * (HALF + FINGER_SIDE), target[:, 2:]], -1)
     near, near_behind = _nearness(state.ee_B3, target), _nearness(state.ee_B3, behind)
     carry = _nearness(target[:, :2], plate)

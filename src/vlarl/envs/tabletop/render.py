@@ -15,31 +15,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlarl.envs.tabletop.physics import FINGER_DOWN
 from vlarl.envs.tabletop.scene import HALF, PLATE_RADIUS, PLATE_TOP, Scene, State
 
 TABLE = (0.30, 0.34)  # half size of the table's top
 EYE = (0.64, 0.0, 1.00)  # third-person camera
 LOOK_AT = (0.035, 0.0, 0.04)
 SPREAD = math.tan(math.radians(32) / 2)  # third-person: half a picture's width at depth 1
-NEAREST = 0.55  # third-person: depth of the nearest solid that a window must hold
+# Third-person windows: (radius of the bounding ball, least depth) of what they must hold; a test checks the depths.
+OBJECT_BOUND, GRIPPER_BOUND, SHADOW_BOUND = (0.0595, 0.66), (0.040, 0.57), (0.056, 0.92)
 WRIST_EYE = (0.075, 0.0, 0.10)  # in the gripper's frame
 WRIST_LOOK_AT = (0.03, 0.0, -0.02)
 WRIST_SPREAD = math.tan(math.radians(75) / 2)
 BALL, CAN = 0.036, 0.030  # radii
-FAR = (1 << 62) - 1
+BACK = 0x7F000000 << 32  # key of the background: a depth beyond any solid
+MISS = 0x7F7FFFFF << 32
 STEEL, GRIP_DARK = (0.30, 0.31, 0.34), (0.16, 0.17, 0.20)
 SHADOW = 0.42  # share of light that a shadow's middle takes
 
 
 @dataclass(frozen=True)
 class Camera:
-    """eye_F3, axes_F33: rows right, down, forward, in the world. spread: half width at depth 1. window: pixels a side for one solid."""
+    """eye_F3, axes_F33: rows right, down, forward, in the world. spread: half width at depth 1. Windows, pixels a side: of an object,
+    of a part of the gripper, of a shadow."""
 
     eye_F3: Tensor
     axes_F33: Tensor
     spread: float
-    window: int
+    object_window: int
+    gripper_window: int
+    shadow_window: int
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -66,8 +70,9 @@ def third_person(shift_F3: Tensor, size: int) -> Camera:
     """The fixed camera, moved by shift_F3 metres; it always looks at the same point."""
     eye = torch.tensor(EYE, device=shift_F3.device) + shift_F3
     forward = torch.tensor(LOOK_AT, device=eye.device) - eye
-    window = min(size, 2 * math.ceil(0.062 / NEAREST / SPREAD * size / 2) + 2)
-    return Camera(eye, _axes(forward, torch.tensor([0.0, 0.0, 1.0], device=eye.device)), SPREAD, window)
+    bounds = (OBJECT_BOUND, GRIPPER_BOUND, SHADOW_BOUND)
+    windows = [min(size, 2 * math.ceil(radius / depth / SPREAD * size / 2) + 2) for radius, depth in bounds]
+    return Camera(eye, _axes(forward, torch.tensor([0.0, 0.0, 1.0], device=eye.device)), SPREAD, *windows)
 
 
 def wrist(state: State, size: int) -> Camera:
@@ -76,9 +81,7 @@ def wrist(state: State, size: int) -> Camera:
     place = lambda point: state.ee_B3 + _turned(turn, torch.tensor(point, device=turn.device).expand_as(state.ee_B3))  # noqa: E731
     eye, look_at = place(WRIST_EYE), place(WRIST_LOOK_AT)
     up = _turned(turn, torch.tensor([-1.0, 0.0, 0.0], device=turn.device).expand_as(eye))
-    forward = _unit(look_at - eye)
-    right = _unit(_cross(forward, up))
-    return Camera(eye, torch.stack([right, _cross(forward, right), forward], -2), WRIST_SPREAD, size)
+    return Camera(eye, _axes(look_at - eye, up), WRIST_SPREAD, size, size, size)
 
 
 def rotation(euler_F3: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ def _scaled(pixel: Tensor, factor: Tensor) -> Tensor:
 def _plane(camera: Camera, x_W: Tensor, y_W: Tensor, height: float) -> tuple[Tensor, Tensor, Tensor]:
     """Where rays meet the plane z = height: world x, y and the ray parameter (not positive: no hit). x_W, y_W broadcast to (F, W, W)."""
     a = camera.axes_F33[..., None, None]
-    d = [x_W * a[:, 0, i] + y_W * a[:, 1, i] + a[:, 2, i] for i in range(3)]
+    d = [x_W * a[:, 0, i] + (y_W * a[:, 1, i] + a[:, 2, i]) for i in range(3)]
     eye = camera.eye_F3[..., None, None]
     t = (height - eye[:, 2]) / d[2]
     return eye[:, 0] + t * d[0], eye[:, 1] + t * d[1], t
@@ -155,9 +158,8 @@ def background(camera: Camera, scene: Scene, plates_F22: Tensor, size: int) -> T
     return image.flatten(1)
 
 
-def _windows(camera: Camera, centre_FK3: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _windows(camera: Camera, centre_FK3: Tensor, side: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Windows around points of the camera's frame: ray coordinates x (F, K, 1, W), y (F, K, W, 1), flat pixel index (F, K, W, W)."""
-    side = camera.window
     depth = centre_FK3[..., 2:].clamp(min=0.05)
     pixel = (centre_FK3[..., :2] / depth / camera.spread + 1) * (size / 2) - side / 2
     corner = pixel.round().clamp(0, size - side).to(torch.int64)
@@ -180,7 +182,7 @@ def _box_hits(camera: Camera, centre: Tensor, half: Tensor, turn: Tensor, x: Ten
         axis = axes[..., i]
         origin = -_dot(axis, centre)[..., None, None]
         h = half[..., i, None, None]
-        inverse = 1 / (x * axis[..., 0, None, None] + y * axis[..., 1, None, None] + axis[..., 2, None, None])
+        inverse = 1 / (x * axis[..., 0, None, None] + (y * axis[..., 1, None, None] + axis[..., 2, None, None]))
         t1, t2 = (-h - origin) * inverse, (h - origin) * inverse
         near.append(torch.minimum(t1, t2))
         far.append(torch.maximum(t1, t2))
@@ -189,47 +191,52 @@ def _box_hits(camera: Camera, centre: Tensor, half: Tensor, turn: Tensor, x: Ten
     return enter, (enter < leave) & (enter > 0), enter == near[2], enter == near[1]
 
 
+def _box_keys(camera: Camera, scene: Scene, boxes: tuple[Tensor, Tensor, Tensor, Tensor], local: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Keys (F, K, W, W) of boxes (centre, half, turn, rgb) in the windows x, y. local: their centres in the camera's frame."""
+    centre, half, turn, rgb = boxes
+    depth, hit, is_z, is_y = _box_hits(camera, local, half, turn, x, y)
+    face_x, face_y, face_z = (c[..., None, None] for c in _face_colours(camera, scene, centre, turn, rgb))
+    return _key(depth, hit, torch.where(is_z, face_z, torch.where(is_y, face_y, face_x)))
+
+
 def _face_colours(camera: Camera, scene: Scene, centre_world: Tensor, turn: Tensor, rgb: Tensor) -> list[Tensor]:
-    """Packed colours (F, K) of the three faces of each box that the camera can see, along its x, y, z axes."""
+    """Packed colours (F, K), int64, of the three faces of each box that the camera can see, along its x, y, z axes."""
     out = []
     for i in range(3):
         axis = turn[..., i]
         side = torch.where(_dot(axis, camera.eye_F3[:, None] - centre_world) > 0, 1.0, -1.0)
         facing = (_dot(axis, scene.light_B3[:, None]) * side).clamp(min=0)
         shade = scene.ambient_B[:, None] + (1 - scene.ambient_B[:, None]) * facing
-        out.append(_pack(rgb * shade[..., None]))
+        out.append(_pack(rgb * shade[..., None]).to(torch.int64))
     return out
 
 
-def _boxes(state: State, scene: Scene, objects: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """centre (F, K, 3), half (F, K, 3), turn (F, K, 3, 3), rgb (F, K, 3) of gripper and, if wanted, of the objects (as cubes)."""
+def _gripper(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gripper's boxes, K = 5: centre (F, K, 3), half (F, K, 3), turn (F, K, 3, 3), rgb (F, K, 3). Two fingers, the palm in two halves
+    (smaller windows), a stub of the arm."""
     device, frames = state.ee_B3.device, state.ee_B3.shape[0]
-    turn = rotation(state.euler_B3)
+    turn = rotation(state.euler_B3)[:, None]
     opening = torch.where(state.closed_B, torch.where(state.held_B >= 0, HALF + 0.008, 0.009), HALF + 0.016)
-    zero = torch.zeros_like(opening)
-    high = torch.full_like(opening, 0.024 - FINGER_DOWN / 2)
-    local = torch.stack([torch.stack([zero, -opening, high], -1), torch.stack([zero, opening, high], -1),
-                         torch.stack([zero, zero, zero + 0.066], -1), torch.stack([zero, zero, zero + 0.10], -1)], 1)
-    centre = state.ee_B3[:, None] + _turned(turn[:, None], local)
-    half = torch.tensor([[0.012, 0.008, 0.036], [0.012, 0.008, 0.036], [0.020, 0.058, 0.014], [0.022, 0.022, 0.024]], device=device)
-    rgb = torch.tensor([GRIP_DARK, GRIP_DARK, STEEL, STEEL], device=device)
-    half, rgb, turns = half.expand(frames, -1, -1), rgb.expand(frames, -1, -1), turn[:, None].expand(-1, 4, -1, -1)
-    if not objects:
-        return centre, half, turns, rgb
-    count = state.object_BM3.shape[1]
-    cube = torch.full((frames, count, 3), HALF, device=device)
-    return (torch.cat([state.object_BM3, centre], 1), torch.cat([cube, half], 1), torch.cat([_yaws(state), turns], 1),
-            torch.cat([scene.rgb_BM3, rgb], 1))
+    side = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], device=device) * opening[:, None]
+    side = side + torch.tensor([0.0, 0.0, -0.029, 0.029, 0.0], device=device)
+    high = torch.tensor([0.018, 0.018, 0.066, 0.066, 0.10], device=device).expand(frames, -1)
+    centre = state.ee_B3[:, None] + _turned(turn, torch.stack([torch.zeros_like(side), side, high], -1))
+    finger, palm = [0.012, 0.008, 0.036], [0.020, 0.029, 0.014]
+    half = torch.tensor([finger, finger, palm, palm, [0.022, 0.022, 0.024]], device=device).expand(frames, -1, -1)
+    rgb = torch.tensor([GRIP_DARK, GRIP_DARK, STEEL, STEEL, STEEL], device=device).expand(frames, -1, -1)
+    return centre, half, turn.expand(-1, 5, -1, -1), rgb
 
 
-def _yaws(state: State) -> Tensor:
+def _objects(state: State, scene: Scene) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The objects as boxes, in the same form."""
     zero = torch.zeros_like(state.yaw_BM)
-    return rotation(torch.stack([zero, zero, state.yaw_BM], -1))
+    turn = rotation(torch.stack([zero, zero, state.yaw_BM], -1))
+    return state.object_BM3, torch.full_like(state.object_BM3, HALF), turn, scene.rgb_BM3
 
 
-def _round_hits(camera: Camera, scene: Scene, state: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Balls and cans (the objects' shapes 1 and 2): depth, hit and packed colour, (F, M, W, W)."""
-    centre = _to_camera(camera, state.object_BM3)[..., None, None]
+def _round_keys(camera: Camera, scene: Scene, local: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Keys (F, M, W, W) of balls and cans (shapes 1 and 2) in the objects' windows; meaningless for cubes."""
+    centre = local[..., None, None]
     light = _turned(camera.axes_F33, scene.light_B3)[:, None, :, None, None]
     up = camera.axes_F33[:, None, :, 2, None, None]  # the world's z in the camera's frame
     ones = torch.ones_like(x * y)
@@ -255,7 +262,7 @@ def _round_hits(camera: Camera, scene: Scene, state: State, x: Tensor, y: Tensor
     normal = [torch.where(is_can, torch.where(lid_hit, w, (n - along * w) / CAN), n / BALL) for n, w in zip(normal, v, strict=True)]
     ambient = scene.ambient_B[:, None, None, None]
     shade = ambient + (1 - ambient) * dot(normal, light.unbind(2)).clamp(0, 1)
-    return depth, hit, _scaled(_pack(scene.rgb_BM3)[..., None, None], shade.clamp(0, 1))
+    return _key(depth, hit, _scaled(_pack(scene.rgb_BM3)[..., None, None], shade.clamp(0, 1)).to(torch.int64))
 
 
 def _shadows(image: Tensor, camera: Camera, state: State, scene: Scene, size: int) -> Tensor:
@@ -265,7 +272,7 @@ def _shadows(image: Tensor, camera: Camera, state: State, scene: Scene, size: in
     lift = (above[..., 2] - HALF).clamp(min=0)
     lean = -scene.light_B3[:, None, :2] * 0.25 * (lift[..., None] + 0.02)
     ground = torch.cat([above[..., :2] + lean, torch.zeros_like(lift[..., None])], -1)
-    x, y, index = _windows(camera, _to_camera(camera, ground), size)
+    x, y, index = _windows(camera, _to_camera(camera, ground), camera.shadow_window, size)
     for k in range(count + 1):
         wx, wy, t = _plane(camera, x[:, k], y[:, k], 0.0)
         rx, ry = wx - ground[:, k, 0, None, None], wy - ground[:, k, 1, None, None]
@@ -276,35 +283,31 @@ def _shadows(image: Tensor, camera: Camera, state: State, scene: Scene, size: in
     return image
 
 
-def _merge(image: Tensor, keys: list[Tensor], indices: list[Tensor]) -> Tensor:
-    """The nearest solid of each pixel over the background. keys: depth << 32 | colour, FAR where missed."""
-    nearest = torch.full(image.shape, FAR, dtype=torch.int64, device=image.device)
-    for key, index in zip(keys, indices, strict=True):
-        for k in range(key.shape[1]):
-            flat = index[:, k].flatten(1)
-            nearest.scatter_(1, flat, torch.minimum(nearest.gather(1, flat), key[:, k].flatten(1)))
-    return torch.where(nearest == FAR, image, (nearest & 0xFFFFFF).to(torch.int32))
-
-
 def _key(depth: Tensor, hit: Tensor, colour: Tensor) -> Tensor:
-    return torch.where(hit, depth.contiguous().view(torch.int32).to(torch.int64) << 32 | colour, FAR)
+    """int64 depth << 32 | colour (int64); positive floats order like their bits."""
+    return torch.where(hit, depth.contiguous().view(torch.int32).to(torch.int64) << 32 | colour, MISS)
+
+
+def _merge(nearest: Tensor, key: Tensor, index: Tensor) -> None:
+    """Writes the K solids' keys where they are the nearest so far. nearest (F, S*S) int64, in place."""
+    for k in range(key.shape[1]):
+        flat = index[:, k].flatten(1)
+        nearest.scatter_(1, flat, torch.minimum(nearest.gather(1, flat), key[:, k].flatten(1)))
 
 
 def picture(camera: Camera, scene: Scene, state: State, background_FP: Tensor, size: int, round_shapes: bool) -> Tensor:
     """uint8 (F, S, S, 3). background_FP: of this camera, not changed. round_shapes: the variation has balls and cans."""
     image = _shadows(background_FP.clone(), camera, state, scene, size)
-    centre, half, turn, rgb = _boxes(state, scene, objects=True)
-    local = _to_camera(camera, centre)
-    x, y, index = _windows(camera, local, size)
-    depth, hit, is_z, is_y = _box_hits(camera, local, half, turn, x, y)
-    face_x, face_y, face_z = (c[..., None, None] for c in _face_colours(camera, scene, centre, turn, rgb))
-    colour = torch.where(is_z, face_z, torch.where(is_y, face_y, face_x))
-    keys, indices = [_key(depth, hit, colour)], [index]
+    nearest = image.to(torch.int64) | BACK
+    boxes = _gripper(state)
+    local = _to_camera(camera, boxes[0])
+    x, y, index = _windows(camera, local, camera.gripper_window, size)
+    _merge(nearest, _box_keys(camera, scene, boxes, local, x, y), index)
+    boxes = _objects(state, scene)
+    local = _to_camera(camera, boxes[0])
+    x, y, index = _windows(camera, local, camera.object_window, size)
+    key = _box_keys(camera, scene, boxes, local, x, y)
     if round_shapes:
-        count = state.object_BM3.shape[1]
-        depth, hit, colour = _round_hits(camera, scene, state, x[:, :count], y[:, :count])
-        is_round = (scene.shape_BM > 0)[..., None, None]
-        solid = torch.where(is_round, _key(depth, hit, colour), keys[0][:, :count])
-        keys, indices = [torch.cat([solid, keys[0][:, count:]], 1)], [index]
-    image = _merge(image, keys, indices)
-    return image.view(torch.uint8).view(-1, size, size, 4)[..., :3].contiguous()
+        key = torch.where((scene.shape_BM > 0)[..., None, None], _round_keys(camera, scene, local, x, y), key)
+    _merge(nearest, key, index)
+    return nearest.view(torch.uint8).view(-1, size, size, 8)[..., :3].contiguous()

@@ -48,15 +48,16 @@ class State:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stays. family_B, target_B (object), goal_B (plate of put, direction of push), template_B: int64. colour_BM,
-    plate_colour_BP, shape_BM: int64. luck_B float64: the expert is clumsy where this is below its clumsiness. miss_B2: aim offset
-    of a clumsy expert (put, touch), metres; short_B: shift at which it stops pushing. move_step_B: -1 or the step before which the
-    target moves to move_to_B2. The rest is looks: rgb_BM3, plate_rgb_BP3, table_B23, texture_B, backdrop_B3, light_B3 (unit, towards
-    the light), ambient_B, camera_B3."""
+    """What stays. family_B, target_B (object), goal_B (plate of put, direction of push), template_B: int64. way_B2: unit vector of the
+    push. colour_BM, plate_colour_BP, shape_BM: int64. luck_B float64: the expert is clumsy where this is below its clumsiness.
+    miss_B2: aim offset of a clumsy expert (put, touch), metres; short_B: shift at which it stops pushing. move_step_B: -1 or the step
+    before which the target moves to move_to_B2. The rest is looks: rgb_BM3, plate_rgb_BP3, table_B23, texture_B, backdrop_B3,
+    light_B3 (unit, towards the light), ambient_B, camera_B3 (shift, metres)."""
 
     family_B: Tensor
     target_B: Tensor
     goal_B: Tensor
+    way_B2: Tensor
     template_B: Tensor
     colour_BM: Tensor
     plate_colour_BP: Tensor
@@ -135,7 +136,7 @@ def draw(family_F: Tensor, key_F: Tensor, row: Variation) -> tuple[Scene, State]
     )
     miss, short = _miss(key_F, family_F, state, target, goal)
     scene = Scene(
-        family_B=family_F, target_B=target, goal_B=goal,
+        family_B=family_F, target_B=target, goal_B=goal, way_B2=directions(key_F.device)[goal],
         template_B=row.templates[0] + rng.integers(rng.fold(key_F, _TEMPLATE), row.templates[1] - row.templates[0]),
         colour_BM=_order(key_F, _COLOUR, 4)[:, :count], plate_colour_BP=_order(key_F, _PLATE_COLOUR, 4)[:, :PLATES],
         shape_BM=_choice(_draw(key_F, _SHAPE, count), row.shapes), luck_B=rng.uniform(rng.fold(key_F, _LUCK)),
