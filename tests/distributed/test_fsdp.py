@@ -96,6 +96,22 @@ def test_unequal_numbers_of_forwards_do_not_hang_and_act_with_the_learners_weigh
     torch.testing.assert_close(grad, 2 * module.projector.weight.grad, rtol=0, atol=1e-12)  # a sum over ranks, not a mean
 
 
+def _act_after_a_change(world: World) -> bool:
+    """A forward without backward leaves the root gathered; acting must see what changed since."""
+    module, x = ToyPolicy(F64), toy_batch(F64)
+    _shard(module, world, per_block=False)
+    with torch.no_grad():
+        module(x)
+        for shard in [p for unit in fsdp._fsdp_modules(module) for g in unit._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params]:
+            fsdp.local_shard(shard.sharded_param).zero_()
+    with fsdp.acting(module):
+        return bool((module(x)[0] == 0).all())
+
+
+def test_acting_sees_the_newest_weights() -> None:
+    assert run_ranks(2, _act_after_a_change) == [True, True]
+
+
 def _mixed(world: World) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     module = ToyPolicy(torch.float32)
     _shard(module, world, per_block=False, dtype=torch.bfloat16)

@@ -75,6 +75,7 @@ def acting(module: nn.Module) -> Iterator[None]:
     try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
+            unit.reshard()  # a forward outside, without backward, may have left old weights gathered
             unit.unshard()
         with torch.no_grad():
             yield
