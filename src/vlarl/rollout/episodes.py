@@ -7,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlarl.envs.spec import EpisodeSpec
+from vlarl.envs.spec import EVAL_INIT_STATE, EpisodeSpec
 from vlarl.rng import fold, integers
-
-TRAIN_INIT_STATES = 2**20  # training draws initial states below this id, evaluation starts at it
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class TrainingSchedule:
         return EpisodeSpec(
             uid=cursor * self.slots + slot,
             task=(group + cursor * groups) % self.tasks,
-            init_state=int(integers(fold(self.seed, group, cursor), TRAIN_INIT_STATES)),
+            init_state=int(integers(fold(self.seed, group, cursor), EVAL_INIT_STATE)),
             seed=self.seed,
             group=cursor * groups + group if self.group_size > 1 else -1,
         )

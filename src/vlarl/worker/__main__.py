@@ -21,13 +21,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vlarl.worker")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--job", choices=("train", "sft", "eval"), default="train")
+    parser.add_argument("--resume", action="store_true", help="train: go on from the newest checkpoint")
     parser.add_argument("--variations", default="", help="eval: comma-separated scene distributions; empty: the recipe's")
     options = parser.parse_args(arguments)
     hold()
     from vlarl.worker.jobs import run_job  # torch and transformers: seconds, so not before the arguments are known to be good
 
     try:
-        run_job(options.job, options.run_dir, tuple(v for v in options.variations.split(",") if v))
+        run_job(options.job, options.run_dir, tuple(v for v in options.variations.split(",") if v), options.resume)
     except VlarlError as error:
         _record(options.run_dir, "user" if error.exit_code != EXIT_WORKER else "crash", error.message, error.hint)
         print(f"error: {error}", file=sys.stderr)

@@ -33,8 +33,8 @@ DEMONSTRATION_SLOTS = 128  # over all ranks
 SFT_BETAS = (0.9, 0.95)
 
 
-def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool = False) -> None:
-    """Run one job and leave the world."""
+def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) -> None:
+    """Run one job and leave the world. variations: of eval; none: the recipe's. resume: train goes on from the newest checkpoint."""
     run = open_context(run_dir)
     try:
         if job == "eval":
@@ -91,7 +91,9 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
     optimizer = build_optimizer(policy.module, settings.learning_rate, settings.learning_rate, SFT_BETAS, 1e-8, settings.weight_decay)
     simulator = build_env(run, local)
     pool = DemonstrationPool(simulator, feed, policy, settings, local, settings.pool // world.world_size, run.recipe.seed + world.rank)
-    sinks = MetricsWriter(run.run_dir, run.recipe.log.tensorboard, False, None) if world.is_main else None
+    folder = run.run_dir / "warmstart"
+    folder.mkdir(exist_ok=True)
+    sinks = MetricsWriter(folder, run.recipe.log.tensorboard, False, None) if world.is_main else None
     started = time.perf_counter()
 
     def report(at: SftProgress) -> None:
@@ -115,8 +117,8 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
     state = full_state_dict(policy.module)
     if sinks is not None:
         sinks.close()
-        save_policy(run.run_dir / "warmstart", policy, state)
-        _write(run.run_dir / "warmstart" / "provenance.json", _provenance(run, settings, time.perf_counter() - started))
+        save_policy(folder, policy, state)
+        _write(folder / "provenance.json", _provenance(run, settings, time.perf_counter() - started))
     barrier(world, "warm start")
 
 

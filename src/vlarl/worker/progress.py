@@ -57,6 +57,7 @@ class Reporter:
 
     def start_update(self, progress: Progress) -> None:
         """Begin the clock of the next update."""
+        self._run.spans.totals()  # evaluations and checkpoints in between are not part of the update
         self._run.spans.update = progress.update + 1
         self._started = time.perf_counter()
 
