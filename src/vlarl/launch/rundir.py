@@ -75,7 +75,7 @@ def create(path: Path, recipe: Recipe, plan: PlacementPlan, needed_bytes: int) -
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MachineError(f"{path} exists already and is not an empty folder.", "Name another folder with --out, or go on with --resume.")
     check_space(path, needed_bytes + LOG_BYTES)
-    made = _first_missing(path.parent)
+    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.mkdir(parents=True)
@@ -86,8 +86,7 @@ def create(path: Path, recipe: Recipe, plan: PlacementPlan, needed_bytes: int) -
         os.replace(draft, path)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        _remove_empty(made)
         raise _unwritable(path, error) from None
     return RunDir(path)
 
@@ -140,10 +139,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def _first_missing(path: Path) -> Path | None:
-    """The topmost folder of `path` that has to be made."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    return missing[-1] if missing else None
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders made for nothing, innermost first; one that has got other contents meanwhile stays, and those above it."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _unwritable(path: Path, error: OSError) -> VlarlError:

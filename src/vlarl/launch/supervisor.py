@@ -42,10 +42,11 @@ class _Group:
     def refresh(self) -> None:
         try:
             parent = psutil.Process(self.process.pid)
-            for member in (parent, *parent.children(recursive=True)):
-                self.members[member.pid, member.create_time()] = member
+            found = [parent, *parent.children(recursive=True)]
         except psutil.Error:
             return
+        for member in found:
+            _quietly(lambda m=member: self.members.setdefault((m.pid, m.create_time()), m))  # type: ignore[misc]
 
     def ranks(self) -> list[psutil.Process]:
         try:
@@ -167,9 +168,7 @@ def _silent_death(run: RunDir, returncode: int) -> VlarlError:
         cause = f"was ended by {signal.Signals(-value).name}"
     else:
         cause = f"ended with exit code {value}"
-    return WorkerError(
-        f"Rank {number} {cause}, in phase {phase}.", f"Log: {run.log(number) if run.log(number).exists() else run.torchrun_log}"
-    )
+    return WorkerError(f"Rank {number} {cause}, in phase {phase}.", f"Logs: {run.log(number)}, {run.torchrun_log}")
 
 
 def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
@@ -200,7 +199,9 @@ def _handlers(caught: list[signal.Signals]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    # What the caller told us to ignore stays ignored: nohup, background jobs.
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:

@@ -57,7 +57,7 @@ def estimate(
         return tuple(rows)
     buffer = ("rollout buffer (frames as uint8)", _buffer_bytes(policy, env, rollout, sizes.slots))
     rows.append(MemoryRow("rollout", buffer[0], where, int(buffer[1])))
-    learning = [buffer, ("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.ranks)]
+    learning: list[tuple[str, float]] = [buffer, ("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.ranks)]
     learning.append(("weights gathered while learning", _gathered(policy) * compute * 2))
     microbatch = max(update.microbatch, recipe.warmstart.batch // sizes.ranks if recipe.warmstart else 0)
     learning.append((f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)))

@@ -6,7 +6,6 @@ pydantic judges the values against `recipe.schema`; the sentences are ours. Cont
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -95,16 +94,14 @@ def _touches(name: str, blamed: set[str]) -> bool:
 
 
 def _checkpoint_problems(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
-    """The folder must be there; a Hub id (`owner/name`) and built-in names are looked up by the policy's own reader."""
+    """The folder must be there; built-in names are looked up by the policy's own reader."""
     name = recipe.policy.checkpoint
     if name.startswith(("bundled:", "scratch:")) or Path(name).is_dir():
         return []
     where = f"policy.checkpoint = {show(name)} ({origins.get('policy.checkpoint', 'default')})"
     if Path(name).exists():
         return [f"{where}: is a file; a policy is a folder with config.json and model weights. Name the folder."]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.is_dir():
-        return []
-    return [f"{where}: no such folder. Give a folder, a Hub id (owner/name), bundled:NAME or scratch:NAME."]
+    return [f"{where}: no such folder. Give a folder, bundled:NAME or scratch:NAME."]
 
 
 # ---------------------------------------------------------------- schema mistakes
