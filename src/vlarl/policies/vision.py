@@ -157,8 +157,9 @@ class VisionBackbone(nn.Module):
         dtype = torch.float64 if self.featurizer.pos_embed.dtype == torch.float64 else torch.float32
         image = image_BHWC.permute(0, 3, 1, 2).to(dtype)
         if image.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+            # Columns, then rows, each rounded to a byte: as PIL does it, which the published checkpoints were trained with.
+            for size in ((image.shape[-2], self.image_size), (self.image_size, self.image_size)):
+                image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
         return torch.addcmul(self.shift.to(dtype), image[:, None], self.scale.to(dtype)).flatten(1, 2)
 
     def forward(self, pixel_BCHW: Tensor) -> Tensor:
