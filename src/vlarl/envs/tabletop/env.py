@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,21 +12,9 @@ from vlarl.envs.spec import EpisodeSpec
 from vlarl.envs.tabletop import expert, physics, render, scene
 from vlarl.envs.tabletop.spec import COLOURS, DIRECTIONS, SHAPES, TASKS, VARIATIONS, check_names, env_spec, sentence
 from vlarl.envs.tabletop.variations import ROWS
-from vlarl.types import Observation
+from vlarl.types import ChunkResult, Observation
 
 __all__ = ["TASKS", "VARIATIONS", "ChunkResult", "Tabletop", "env_spec"]
-
-
-@dataclass(frozen=True)
-class ChunkResult:
-    """What one action chunk did. reward_BK float32; terminated_BK (success), truncated_BK (horizon reached without success) bool, set
-    at the episode's last action only; valid_BK bool: the action was executed; success_B bool: the episode succeeded in this chunk."""
-
-    reward_BK: Tensor
-    terminated_BK: Tensor
-    truncated_BK: Tensor
-    valid_BK: Tensor
-    success_B: Tensor
 
 
 class Tabletop:
@@ -96,7 +84,7 @@ class Tabletop:
             going = going & ~won & ~lost
         self._done_B = self._done_B | torch.stack(terminated).any(0) | torch.stack(truncated).any(0)
         self._refresh_backgrounds(plates)
-        return ChunkResult(*(torch.stack(x, 1) for x in (rewards, terminated, truncated, valid)), success)
+        return ChunkResult(torch.stack(rewards, 1), torch.stack(terminated, 1), torch.stack(truncated, 1), torch.stack(valid, 1), success)
 
     def observe(self, index: Tensor) -> Observation:
         """Frames, state and sentences of the slots `index` (int64 (F,)). image uint8 (F, V, S, S, 3): third person, then wrist.

@@ -37,17 +37,17 @@ def step(state: State, action_BA: Tensor) -> State:
     held_BM = number == state.held_B[:, None]
     move = action[:, :3] * (STEP / SUBSTEPS)
     for _ in range(SUBSTEPS):
-        ee, objects = _contact(ee, _within_reach(ee + move), objects, held_BM, state.closed_B & ~holding)
-        objects = torch.where(held_BM[..., None], ee[:, None], objects)
-    floor = torch.where(held_BM, _support(objects, state.plate_BP2, held_BM), 0.0).amax(1)  # a held object is not lowered through things
-    ee = torch.cat([ee[:, :2], torch.where(holding, torch.maximum(ee[:, 2], floor), ee[:, 2])[:, None]], -1)
-    objects = torch.where(held_BM[..., None], ee[:, None], objects)
+        moved = _within_reach(ee + move)
+        floor = _support(moved[:, None], objects, state.plate_BP2, held_BM)[:, 0]  # a held object is not lowered through things
+        moved = torch.cat([moved[:, :2], torch.where(holding, torch.maximum(moved[:, 2], floor), moved[:, 2])[:, None]], -1)
+        objects = torch.where(held_BM[..., None], moved[:, None], objects)
+        ee, objects = _contact(ee, moved, objects, held_BM, state.closed_B & ~holding)
     yaw = state.yaw_BM + torch.where(held_BM, (euler - state.euler_B3)[:, 2:], 0.0)
     closed = action[:, 6] > 0
     held = torch.where(closed, torch.where(holding, state.held_B, _grasp(state, ee, euler, objects, closed)), -1)
     held_BM = number == held[:, None]
     objects = torch.where(held_BM[..., None], ee[:, None], objects)
-    height = torch.where(held_BM, objects[..., 2], _support(objects, state.plate_BP2, held_BM))  # what is not held falls
+    height = torch.where(held_BM, objects[..., 2], _support(objects, objects, state.plate_BP2, held_BM))  # what is not held falls
     objects = torch.cat([objects[..., :2], height[..., None]], -1)
     return replace(state, ee_B3=ee, euler_B3=euler, closed_B=closed, held_B=held, object_BM3=objects, yaw_BM=yaw, step_B=state.step_B + 1)
 
@@ -109,13 +109,13 @@ def _separate(xy: Tensor, z: Tensor, fixed_BM: Tensor) -> Tensor:
     return out
 
 
-def _support(objects: Tensor, plates: Tensor, held_BM: Tensor) -> Tensor:
-    """Height (B, M) of each object's centre when it lies on what is under it: table, plate or a free object."""
-    rel = objects[:, :, None, :2] - plates[:, None]
+def _support(centre_BN3: Tensor, objects: Tensor, plates: Tensor, held_BM: Tensor) -> Tensor:
+    """Height (B, N) of the centre of an object that lies on what is under centre_BN3: table, plate or an object not held."""
+    rel = centre_BN3[:, :, None, :2] - plates[:, None]
     on_plate = (rel[..., 0] * rel[..., 0] + rel[..., 1] * rel[..., 1] < PLATE_RADIUS * PLATE_RADIUS).any(-1)
     floor = torch.where(on_plate, PLATE_TOP + HALF, HALF)
-    rel = (objects[:, :, None] - objects[:, None]).abs()  # object m over object n
-    under = objects[:, None, :, 2] + 0.02 < objects[:, :, None, 2]
+    rel = (centre_BN3[:, :, None, :2] - objects[:, None, :, :2]).abs()
+    under = objects[:, None, :, 2] + 0.02 < centre_BN3[:, :, None, 2]
     covers = (rel[..., 0] < 1.4 * HALF) & (rel[..., 1] < 1.4 * HALF) & under & ~held_BM[:, None]
     stacked = torch.where(covers, objects[:, None, :, 2] + 2 * HALF, 0.0).amax(-1)
     return torch.maximum(floor, stacked)

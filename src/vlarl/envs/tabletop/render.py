@@ -22,7 +22,7 @@ EYE = (0.64, 0.0, 1.00)  # third-person camera
 LOOK_AT = (0.035, 0.0, 0.04)
 SPREAD = math.tan(math.radians(32) / 2)  # third-person: half a picture's width at depth 1
 # Third-person windows: (radius of the bounding ball, least depth) of what they must hold; a test checks the depths.
-OBJECT_BOUND, GRIPPER_BOUND, SHADOW_BOUND = (0.0595, 0.66), (0.040, 0.57), (0.056, 0.92)
+OBJECT_BOUND, GRIPPER_BOUND, SHADOW_BOUND = (0.0595, 0.65), (0.040, 0.57), (0.056, 0.92)
 WRIST_EYE = (0.075, 0.0, 0.10)  # in the gripper's frame
 WRIST_LOOK_AT = (0.03, 0.0, -0.02)
 WRIST_SPREAD = math.tan(math.radians(75) / 2)

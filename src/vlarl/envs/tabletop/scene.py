@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,9 @@ class Scene:
     light_B3: Tensor
     ambient_B: Tensor
     camera_B3: Tensor
+
+
+Record = TypeVar("Record", Scene, State)
 
 
 def pick(values_BM: Tensor, index_B: Tensor) -> Tensor:
@@ -197,13 +201,13 @@ def _looks(key_F: Tensor, row: Variation, count: int) -> dict[str, Tensor]:
     }
 
 
-def write_rows(whole: Scene | State, index_F: Tensor, rows: Scene | State) -> None:
+def write_rows(whole: Record, index_F: Tensor, rows: Record) -> None:
     """whole[index] = rows, field by field, in place."""
     for f in fields(whole):
         getattr(whole, f.name)[index_F] = getattr(rows, f.name)
 
 
-def read_rows(whole: Scene | State, index_F: Tensor) -> Scene | State:
+def read_rows(whole: Record, index_F: Tensor) -> Record:
     """A record holding the rows `index_F` of every field."""
     return replace(whole, **{f.name: getattr(whole, f.name)[index_F] for f in fields(whole)})
 
