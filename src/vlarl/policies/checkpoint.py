@@ -112,7 +112,8 @@ def load_module(folder: Path, config: OpenVLAConfig, value_outputs: int, dtype: 
         elif tuple(tensor.shape) != expected[name]:
             wrong.append(f"{name} is {tuple(tensor.shape)}, expected {expected[name]}")
         else:
-            state[name] = tensor.to(dtype)
+            # A copy: views into the mapped file lie on odd addresses, where other kernels round differently.
+            state[name] = tensor.to(dtype, copy=True)
     stored_head = any(name.startswith(HEAD) for name in state)
     wrong += [f"missing {name}" for name in expected if name not in state and (stored_head or not name.startswith(HEAD))]
     if wrong:

@@ -40,10 +40,9 @@ class ValueHead(nn.Module):
     def __init__(self, hidden: int, outputs: int) -> None:
         super().__init__()
         first, second = VALUE_WIDTHS
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, first), nn.GELU(), nn.Linear(first, second), nn.GELU(), nn.Linear(second, outputs, bias=False)
-        )
-        nn.init.zeros_(self.mlp[4].weight)
+        last = nn.Linear(second, outputs, bias=False)
+        nn.init.zeros_(last.weight)
+        self.mlp = nn.Sequential(nn.Linear(hidden, first), nn.GELU(), nn.Linear(first, second), nn.GELU(), last)
 
     def forward(self, hidden_BD: Tensor) -> Tensor:
         return self.mlp(hidden_BD)

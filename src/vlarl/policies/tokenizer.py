@@ -60,9 +60,9 @@ class PromptTable:
         lengths = [len(self._ids[row]) for row in rows]
         longest, total = max(lengths), self._table_UL.shape[1]
         row_B = torch.tensor(rows, device=self._device)
-        # Text is right-aligned in the table: the last `longest - 1` columns, and BOS in front.
-        ids_BL = self._table_UL[row_B, total - longest :].clone()
-        ids_BL[:, 0] = self._bos_id
+        # Text is right-aligned in the table; BOS comes in front of the pads.
+        text_BL = self._table_UL[row_B, total - (longest - 1) :]
+        ids_BL = torch.cat([text_BL.new_full((len(rows), 1), self._bos_id), text_BL], dim=1)
         if min(lengths) == longest:
             return Prompt(ids_BL, None)
         length_B = torch.tensor(lengths, device=self._device)
@@ -75,5 +75,5 @@ class PromptTable:
             self._row[sentence] = len(self._ids)
             self._ids.append(self.tokenize(sentence))
         width = max(map(len, self._ids))
-        padded = [[self._pad_id] * (width - len(ids)) + ids for ids in self._ids]
+        padded = [[self._pad_id] * (width - len(ids)) + ids[1:] for ids in self._ids]
         self._table_UL = torch.tensor(padded, dtype=torch.int64, device=self._device)

@@ -140,6 +140,8 @@ class VisionBackbone(nn.Module):
         self.featurizer = VisionTower(shapes[0], image_sizes[0])
         if len(shapes) == 2:
             self.fused_featurizer = VisionTower(shapes[1], image_sizes[1])
+        self.scale: Tensor
+        self.shift: Tensor
         # (x / 255 - mean) / std as x * scale + shift: one pass over the pixels for both towers.
         std = torch.tensor([shape.std for shape in shapes], dtype=torch.float64).view(1, len(shapes), 3, 1, 1)
         mean = torch.tensor([shape.mean for shape in shapes], dtype=torch.float64).view(1, len(shapes), 3, 1, 1)
