@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ REUSE = 6  # times a collected sample is seen on average
 FIRST_FILL = 4096  # samples collected before the first step, at most
 
 
+@runtime_checkable
 class ExpertEnv(BatchedEnv, Protocol):
     """A simulator that knows how its tasks are done."""
 

@@ -21,8 +21,8 @@ from vlarl.types import Observation, TrajectoryBatch
 
 SKIPPED_STEPS_LIMIT = 3  # optimiser steps in a row that may be refused for non-finite gradients
 
-SUMS = ("policy_loss", "value_loss", "entropy", "kl", "weight", "count", "clipped", "approx_kl", "ratio")
-SUMS += ("value_count", "gap_sum", "gap_count")
+COUNTS = ("weight", "count", "value_count", "gap_count")
+SUMS = (*COUNTS, "policy_loss", "value_loss", "entropy", "kl", "clipped", "approx_kl", "ratio", "gap_sum")
 MAXIMA = ("ratio_max", "gap_max")
 
 
@@ -79,7 +79,9 @@ class Learner:
         level = self._algorithm.logprob
         action_dim = self.policy.spec.action_dim
         weights = [losses.level_mask(s.valid_BK, level, action_dim) * s.weight_B[:, None] for s in samples]
-        sizes = torch.stack([sum(w.sum() for w in weights), sum(s.value_mask_BJ.sum() for s in samples)]).double()
+        # Added up in float64: in float32 the denominators would depend on how samples are shared out over ranks.
+        value_weights = [s.value_mask_BJ for s in samples]
+        sizes = torch.stack([torch.stack([w.double().sum() for w in group]).sum() for group in (weights, value_weights)])
         policy_size, value_size = all_reduce_sum(self._world, sizes).clamp(min=1e-12).unbind()
         for i, (sample, weight_BL) in enumerate(zip(samples, weights, strict=True)):
             set_gradient_sync(self.policy.module, enabled=i == len(samples) - 1)

@@ -29,6 +29,14 @@ class Scores:
     value_BJ: Tensor
 
 
+class PolicyModule(nn.Module):
+    """A family's module. forward(image or features, input_ids_BL, mask_BL) -> logits (B, N, 256), values (B, J)."""
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """The repeated blocks, for sharding and activation checkpointing."""
+        raise NotImplementedError
+
+
 class VLAPolicy:
     """A module with its tokenizer and action codec. `act` and `evaluate` run the same forward pass.
 
@@ -38,7 +46,7 @@ class VLAPolicy:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: PolicyModule,
         config: OpenVLAConfig,
         spec: PolicySpec,
         prompts: PromptTable,

@@ -12,11 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlarl.errors import CheckpointError
 from vlarl.policies.actions import build_codec
-from vlarl.policies.base import POLICIES, VLAPolicy
+from vlarl.policies.base import POLICIES, PolicyModule, VLAPolicy
 from vlarl.policies.layout import (
     EXTRAS,
     OpenVLAConfig,
@@ -30,6 +30,7 @@ from vlarl.policies.layout import (
 from vlarl.policies.lora import freeze_parts, inject_lora, merged
 from vlarl.policies.openvla import ValueHead
 from vlarl.policies.tokenizer import PromptTable, load_tokenizer
+from vlarl.policies.vision import VisionTower
 
 if TYPE_CHECKING:
     from vlarl.recipe.schema import Lora
@@ -80,26 +81,26 @@ def load_policy(
     return VLAPolicy(module.to(device).eval(), config, spec_from(config, key), prompts, codec, device, folder, scale)
 
 
-def build_module(config: OpenVLAConfig, value_outputs: int) -> nn.Module:
+def build_module(config: OpenVLAConfig, value_outputs: int) -> PolicyModule:
     """The family's module, from the table in base.py."""
     if config.kind not in POLICIES:
         raise CheckpointError(f"config.json: policy kind {config.kind!r} is not known.", f"Known: {', '.join(POLICIES)}.")
     name, attribute = POLICIES[config.kind].split(":")
-    module: nn.Module = getattr(import_module(name), attribute)(config, value_outputs)
+    module: PolicyModule = getattr(import_module(name), attribute)(config, value_outputs)
     return module
 
 
-def initialize_module(config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> nn.Module:
+def initialize_module(config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> PolicyModule:
     """Random weights from torch's generator, drawn in float32."""
     module = build_module(config, value_outputs)
-    for tower in module.vision_backbone.towers:
+    for tower in (m for m in module.modules() if isinstance(m, VisionTower)):
         tower.initialize()
     for parameter in module.parameters():  # buffers (rotary frequencies, pixel means) keep their precision
         parameter.data = parameter.data.to(dtype)
     return module
 
 
-def load_module(folder: Path, config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> nn.Module:
+def load_module(folder: Path, config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> PolicyModule:
     """Weights of a policy folder, one file or shards, cast while reading. `value_head.*` may be absent: then it starts afresh."""
     with init_empty_weights(include_buffers=False):
         module = build_module(config, value_outputs)
@@ -121,7 +122,7 @@ def load_module(folder: Path, config: OpenVLAConfig, value_outputs: int, dtype: 
         hint = "Set policy.value as the checkpoint's value head has it." if HEAD in wrong[0] else "Its config.json describes another model."
         raise CheckpointError(f"{folder}: the weights do not fit the configuration: {'; '.join(wrong[:5])}{more}.", hint)
     if not stored_head:
-        module.value_head = ValueHead(module.hidden_size, value_outputs).to(dtype)
+        module.value_head = ValueHead(expected[f"{HEAD}mlp.0.weight"][1], value_outputs).to(dtype)
         state.update({HEAD + name: tensor for name, tensor in module.value_head.state_dict().items()})
     grads = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.load_state_dict(state, strict=True, assign=True)

@@ -51,8 +51,9 @@ class ValueHead(nn.Module):
 def build_language_model(config: OpenVLAConfig) -> LlamaForCausalLM:
     """transformers' Llama with SDPA attention. Its RMSNorm rounds through float32; torch's keeps float64 and has the same key names."""
     fields = {k: v for k, v in config.text.items() if k not in ("torch_dtype", "dtype", "model_type")}
+    fields |= {"attn_implementation": "sdpa", "use_cache": False}
     try:
-        llama = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa", use_cache=False))
+        llama = LlamaForCausalLM(LlamaConfig(**fields))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: text_config is no Llama configuration: {error}") from error
     norms = [(layer, name) for layer in llama.model.layers for name in ("input_layernorm", "post_attention_layernorm")]

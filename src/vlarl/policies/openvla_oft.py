@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlarl.policies.base import PolicyModule
 from vlarl.policies.layout import OpenVLAConfig
 from vlarl.policies.openvla import Projector, ValueHead, action_logits, build_language_model, full_precision
 from vlarl.policies.towers import tower_shape
 from vlarl.policies.vision import VisionBackbone
 
 
-class OpenVLAOFT(nn.Module):
+class OpenVLAOFT(PolicyModule):
     """The module that is sharded, trained and saved. Parameter names are the published ones, plus `value_head.*`."""
 
     def __init__(self, config: OpenVLAConfig, value_outputs: int) -> None:

@@ -157,7 +157,8 @@ def concatenate(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBa
     """
     sentences = {s: i for i, s in enumerate(dict.fromkeys(first.instructions + second.instructions))}
     renumber = torch.tensor([sentences[s] for s in second.instructions], dtype=torch.int64)
-    joined = {f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(first) if "_TB" in f.name}
+    names = [f.name for f in fields(first) if "_TB" in f.name]
+    joined: dict[str, Any] = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
     shifted = torch.where(second.episode_TB >= 0, second.episode_TB + len(first.episodes), -1)
     joined["instruction_TB"] = torch.cat([first.instruction_TB, renumber[second.instruction_TB]])
     joined["episode_TB"] = torch.cat([first.episode_TB, shifted])

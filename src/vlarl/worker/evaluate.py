@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlarl.distributed.reduce import all_gather_objects
+from vlarl.envs.pool import FinalFrames
 from vlarl.evaluation.protocol import Protocol, episodes
 from vlarl.evaluation.report import EpisodeRow, build_report
 from vlarl.evaluation.runner import EpisodeRecorder, play_episodes
@@ -37,7 +38,7 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
     slots_per_rank = -(-min(settings.parallel or env.parallel, protocol.episodes) // ranks)
     feed = ListFeed(episodes(protocol), slots_per_rank * ranks)
     first = run.world.rank * slots_per_rank
-    final = "all" if settings.videos else "none"
+    final: FinalFrames = "all" if settings.videos else "none"
     pool = build_pool(run, feed, (first, first + slots_per_rank), 1, policy.spec.chunk, final, variation)
     recorder = EpisodeRecorder(lambda uid: uid < FILMED * settings.videos)
     sampler = build_sampler(run, policy, seed, settings.temperature, 0)

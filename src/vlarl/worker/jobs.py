@@ -13,9 +13,10 @@ import torch
 from vlarl.distributed.fsdp import acting, full_state_dict
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
+from vlarl.errors import PlanError
 from vlarl.evaluation.report import result_table
 from vlarl.learner.optim import build_optimizer
-from vlarl.learner.sft import DemonstrationPool, SftProgress, clone
+from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone
 from vlarl.metrics.sinks import MetricsWriter
 from vlarl.metrics.status import write_status
 from vlarl.policies.base import VLAPolicy
@@ -90,6 +91,8 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
     feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
     optimizer = build_optimizer(policy.module, settings.learning_rate, settings.learning_rate, SFT_BETAS, 1e-8, settings.weight_decay)
     simulator = build_env(run, local)
+    if not isinstance(simulator, ExpertEnv):
+        raise PlanError(f"warmstart: the simulator {env.simulator} has no scripted expert.", "Start from a supervised checkpoint.")
     pool = DemonstrationPool(simulator, feed, policy, settings, local, settings.pool // world.world_size, run.recipe.seed + world.rank)
     folder = run.run_dir / "warmstart"
     folder.mkdir(exist_ok=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlarl.distributed import checkpoint, manifest
 from vlarl.distributed.fsdp import acting
 from vlarl.distributed.reduce import all_reduce_sum, barrier
@@ -68,7 +70,7 @@ def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatc
         batch = fresh if batch is None else concatenate(batch, fresh)
         targets = judge(run, batch)
         groups = run.plan.rollout.parallel // rollout.group_size * rollout.episodes_per_slot
-        if rounds == 1 or all_reduce_sum(run.world, targets.keep_TB.new_tensor(targets.kept_groups, dtype=float)) >= groups:
+        if rounds == 1 or all_reduce_sum(run.world, torch.tensor(targets.kept_groups)) >= groups:
             break
         batch = batch.clone()  # the collector's buffers are used again
     assert batch is not None
