@@ -32,6 +32,10 @@ class Scores:
 class PolicyModule(nn.Module):
     """A family's module. forward(image or features, input_ids_BL, mask_BL) -> logits (B, N, 256), values (B, J)."""
 
+    def encode_image(self, image_BVHWC: Tensor) -> Tensor:
+        """uint8 frames -> tower features (B, P, F), which `forward` takes in the frames' place."""
+        raise NotImplementedError
+
     def fsdp_units(self) -> list[nn.Module]:
         """The repeated blocks, for sharding and activation checkpointing."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """Owns policy folders in the Hub layout: loading a VLAPolicy from one, saving one. Strict about every key and shape."""
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -164,4 +165,8 @@ def save_policy(folder: Path, policy: VLAPolicy, state: dict[str, Tensor]) -> No
     for name in COMPANIONS:
         if (policy.folder / name).is_file():
             shutil.copyfile(policy.folder / name, folder / name)
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the system's errors; callers look for a full disk
+        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error), str(folder / WEIGHTS)) from error
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)
