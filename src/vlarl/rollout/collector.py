@@ -97,7 +97,7 @@ class _Recording:
             return
         columns, count = first + rows, len(rows)
         if t == owner._max_chunks:
-            buffer["last_value_BJ"][columns] = chunk.value_BJ[:count].cpu()
+            buffer["last_value_BJ"][columns] = chunk.value_BJ[:count].to("cpu", buffer["last_value_BJ"].dtype)
             return
         obs = step.obs
         buffer["image_TBVHWC"][t, columns] = obs.image_BVHWC[rows.to(obs.image_BVHWC.device)].cpu()
