@@ -106,10 +106,12 @@ def _read_dataclass(cls: type, data: Any, where: str) -> Any:
 
 def _read_union(members: tuple[Any, ...], data: Any, where: str) -> Any:
     """The member named by `kind` among dataclasses; else the first member that fits."""
-    if isinstance(data, dict) and "kind" in data:
-        for member in members:
-            if is_dataclass(member) and data["kind"] in get_args(field_types(member).get("kind")):  # type: ignore[arg-type]
-                return _read(member, data, where)
+    sections = [m for m in members if isinstance(m, type) and is_dataclass(m)]
+    if isinstance(data, dict) and len(sections) > 1:
+        known = {kind: member for member in sections for kind in get_args(field_types(member)["kind"])}
+        if data.get("kind") not in known:
+            raise _Mismatch(f"{where}.kind is {data.get('kind')!r}, expected one of {', '.join(known)}")
+        return _read(known[data["kind"]], data, where)
     problems = []
     for member in members:
         try:

@@ -25,6 +25,7 @@ from vlarl.launch.torchrun import Command
 
 POLL_SECONDS = 0.2
 CENSUS_SECONDS = 2.0  # between looks at who descends from torchrun; each reads the whole process table
+START_SECONDS = 120.0  # at least so long until a rank's first heartbeat: torch is imported, perhaps from a cold disk
 AFTERMATH_SECONDS = 3.0  # left to the other ranks to end by themselves once one has failed
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 5.0  # a process in the middle of a device call takes a moment to die
@@ -173,19 +174,21 @@ def _silent_death(run: RunDir, returncode: int) -> VlarlError:
 
 def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
     """The rank that has been silent longest, if longer than allowed."""
-    now, beats = time.time(), []
+    now, silent = time.time(), []
     for rank in range(ranks):
         beat = read_json(run.heartbeat(rank))
         if isinstance(beat, dict):
-            beats.append((beat["time"], rank, beat["phase"]))
+            silent.append((now - max(beat["time"], started), stall_seconds, rank, beat["phase"]))
         elif not run.heartbeat(rank).exists():
-            beats.append((started, rank, "start"))
-        else:  # caught while it is being overwritten: alive
-            beats.append((now, rank, ""))
-    last, rank, phase = min(beats)
-    if now - max(last, started) < stall_seconds:
+            silent.append((now - started, max(stall_seconds, START_SECONDS), rank, "start"))
+        # else it was caught while it is being overwritten: alive
+    late = [row for row in silent if row[0] >= row[1]]
+    if not late:
         return None
-    message = f"Rank {rank} has reported nothing for {now - last:.0f} s (stall_seconds = {stall_seconds:g}); its last phase was {phase!r}."
+    seconds, limit, rank, phase = max(late)
+    message = (
+        f"Rank {rank} has reported nothing for {seconds:.0f} s (the limit is {limit:g} s: stall_seconds); its last phase was {phase!r}."
+    )
     return WorkerError(message, f"Its threads' stacks are at the end of {run.log(rank)}.")
 
 

@@ -1,0 +1,208 @@
+"""The command line: quick, torch-free, and clear about mistakes."""
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlarl.errors import CheckpointError, RecipeError
+from vlarl.launch.rundir import RunDir
+from vlarl_cli import app, run
+from vlarl_cli.evaluate import EvalOptions, eval_recipe, find_policy, variation_names
+from vlarl_cli.render import PLAIN_SECONDS, PlainProgress
+from vlarl_cli.shipped import shipped_recipes
+
+Vlarl = Callable[..., tuple[int, str, str]]
+STATUS = {
+    "phase": "rollout", "update": 1, "updates": 9, "frames_per_second": 1234.0, "success": 0.5, "episodes": 64, "eta_seconds": 65.0,
+    "line": "update 61%",
+}  # fmt: skip
+
+
+@pytest.fixture
+def vlarl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlarl:
+    """Run the command line in this process, in an empty folder. Returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlarl", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def supervised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """No ranks are started: `supervise` notes the command and leaves a result."""
+    started: list[tuple[str, ...]] = []
+
+    def fake(command: Any, folder: RunDir, ranks: int, stall_seconds: float, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        started.append(command.argv)
+        on_progress(STATUS)
+        folder.result.write_text(json.dumps({"table": {"title": "t", "columns": ["c"], "rows": [["98.5%"]]}, "notes": ["done so"]}))
+
+    monkeypatch.setattr(run, "supervise", fake)
+    return started
+
+
+def test_help_is_quick_and_leaves_torch_alone() -> None:
+    code = "import sys; sys.argv = ['vlarl', '--help']\nfrom vlarl_cli.app import main\n"
+    code += "try: main()\nfinally: assert not {'torch', 'pydantic', 'psutil'} & set(sys.modules)"
+    seconds = []
+    for _ in range(2):  # the first may have to compile
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_version_and_list(vlarl: Vlarl) -> None:
+    assert vlarl("--version")[1].startswith("vlarl 0.")
+    code, text, _ = vlarl("recipes")
+    assert code == 0
+    assert all(name in text for name in shipped_recipes())
+    assert json.loads(vlarl("recipes", "--json-schema")[1])["title"] == "Recipe"
+
+
+def test_a_plan_is_printed_and_nothing_is_started(vlarl: Vlarl, tmp_path: Path) -> None:
+    code, text, _ = vlarl("plan", "debug", "device=cpu")
+    assert code == 0
+    assert "ranks (1) x slots (8) x chunks (4) = 32 samples = 2 minibatches of 16" in text
+    assert "env, rollout, learner" in text
+    assert "master weights" in text
+    assert vlarl("train", "debug", "device=cpu", "--dry-run")[1] == text
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(vlarl("plan", "debug", "device=cpu", "--json")[1])["rollout"]["parallel"] == 8
+
+
+def test_mistakes_end_with_code_2_and_no_traceback(vlarl: Vlarl, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: a\nseed: -1\npolicy: {checkpoint: 'scratch:tiny', chekpoint: 1}\n")
+    (tmp_path / "file").touch()
+    for arguments, says in [
+        (("train", "bad.yaml"), "seed = -1 (recipe line 2)"),
+        (("train", "bad.yaml"), "Did you mean policy.checkpoint?"),
+        (("train", "nothing"), "no shipped recipe of this name"),
+        (("plan", "debug", "ranks=3"), "do not split over 3 ranks"),
+        (("plan", "debug", "policy.checkpoint=bundled:none"), "bundled:none"),
+        (("train", "debug", "--out", "file/run"), "cannot be written"),
+        (("train", "--resume", "nowhere"), "is not a run folder"),
+        (("sft", "debug"), "warmstart: required"),
+        (("eval", "--ckpt", "nowhere"), "nowhere"),
+        (("eval", "--ckpt", "scratch:tiny", "--set", "night"), "no such set"),
+        (("eval", "--ckpt", "scratch:tiny", "--tasks", "put,fly"), "has no task 'fly'"),
+        (("train", "debug", "ranks=2", "--in-process", "--out", "two"), "--in-process runs one rank"),
+    ]:
+        code, _, text = vlarl(*arguments)
+        assert code == 2, arguments
+        assert says in text, arguments
+    assert {p.name for p in tmp_path.iterdir()} <= {"bad.yaml", "file", "two"}
+
+
+def test_misused_options(vlarl: Vlarl) -> None:
+    for arguments in (("train",), ("train", "debug", "--resume", "x"), ("train", "--resume", "x", "--out", "y"), ("eval",)):
+        assert vlarl(*arguments)[0] == 2
+
+
+def test_train_prints_progress_and_the_result(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    code, text, _ = vlarl("train", "debug", "update.updates=3", "--out", "here")
+    assert code == 0
+    assert "rollout  1/9  1,234 frames/s  success 50.0%  64 episodes  1:05 left  update 61%" in text
+    assert "98.5%" in text
+    assert "done so" in text
+    assert json.loads((tmp_path / "here" / "recipe.json").read_text())["update"]["updates"] == 3
+    assert supervised[0][-4:] == ("--run-dir", str(tmp_path / "here"), "--job", "train")
+
+
+def test_the_default_folder_carries_the_name(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    vlarl("train", "debug")
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith("debug-")
+
+
+def test_a_signal_sets_the_exit_code(vlarl: Vlarl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "supervise", lambda *arguments: signal.SIGTERM)
+    code, text, _ = vlarl("train", "debug")
+    assert code == 143
+    assert "Stopped by SIGTERM" in text
+
+
+def test_ranks_that_leave_no_result_are_an_error(vlarl: Vlarl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "supervise", lambda *arguments: None)
+    code, _, text = vlarl("train", "debug")
+    assert code == 1
+    assert "without a result" in text
+
+
+def checkpoint(run_dir: Path, update: int) -> Path:
+    """A finished checkpoint folder with an empty policy."""
+    folder = run_dir / "checkpoints" / f"update-{update:06d}"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "policy" / "config.json").write_text("{}")
+    files = {"policy/config.json": {"bytes": 2, "sha256": ""}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "complete": True, "files": files}))
+    return folder
+
+
+def test_what_ckpt_may_name(tmp_path: Path) -> None:
+    assert find_policy("bundled:x") == ("bundled:x", None)
+    (tmp_path / "recipe.json").write_text("{}")
+    first, second = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    assert find_policy(str(tmp_path)) == (str(second / "policy"), tmp_path)
+    (tmp_path / "checkpoints" / "best").symlink_to(first.name)
+    assert find_policy(str(tmp_path)) == (str(first / "policy"), tmp_path)
+    assert find_policy(str(second)) == (str(second / "policy"), tmp_path)
+    assert find_policy(str(second / "policy")) == (str(second / "policy"), tmp_path)
+    with pytest.raises(CheckpointError, match="holds no policy"):
+        find_policy(str(tmp_path / "checkpoints"))
+    (second / "policy" / "config.json").write_text("")
+    with pytest.raises(CheckpointError, match="has 0 bytes, expected 2"):
+        find_policy(str(second))
+
+
+def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        find_policy(str(tmp_path))
+
+
+def test_eval_takes_the_simulator_from_training(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    vlarl("train", "debug", "env.horizon=20", "env.tasks=[push]", "--out", "trained")
+    policy = Path(run.__file__).parents[2] / "src" / "vlarl" / "assets" / "tiny"
+    (tmp_path / "trained" / "warmstart").symlink_to(policy)
+    options = EvalOptions(str(tmp_path / "trained"), "all", 30, 64, None, 0.5, 7, "cpu")
+    loaded, variations = eval_recipe(options)
+    env, settings = loaded.recipe.env, loaded.recipe.eval
+    assert (env.tasks, env.horizon, env.parallel) == (("push",), 20, 30)
+    assert (settings.episodes, settings.parallel, settings.temperature, loaded.recipe.seed) == (30, 30, 0.5, 7)
+    assert variations == ("train", "vision", "semantics", "execution")
+
+
+def test_sets() -> None:
+    assert variation_names("vision, train", "tabletop") == ("vision", "train")
+    with pytest.raises(RecipeError, match="Did you mean vision"):
+        variation_names("visio", "tabletop")
+
+
+def test_plain_progress_prints_now_and_then() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    progress = PlainProgress(lines.append, lambda: now[0])
+    late = PLAIN_SECONDS + 1
+    rows = [(0.0, 0, "start"), (1.0, 1, "rollout"), (2.0, 2, "rollout"), (late, 3, "rollout"), (late + 1, 9, "rollout")]
+    for seconds, update, phase in rows:
+        now[0] = seconds
+        progress({**STATUS, "update": update, "phase": phase})
+    assert [line.split()[:2] for line in lines] == [["start", "0/9"], ["rollout", "1/9"], ["rollout", "3/9"], ["rollout", "9/9"]]

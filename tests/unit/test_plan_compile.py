@@ -1,0 +1,159 @@
+"""The plan's arithmetic by hand, its refusals, and every shipped recipe on machines of several sizes."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlarl import serial
+from vlarl.envs.spec import EnvSpec
+from vlarl.errors import PlanError
+from vlarl.plan.cluster import Cluster
+from vlarl.plan.compile import compile_plan
+from vlarl.plan.memory import checkpoint_bytes, phase_bytes
+from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.specs import simulator_spec
+from vlarl.policies.spec import PolicySpec
+from vlarl.recipe.load import load_recipe
+from vlarl.recipe.schema import Env, Eval, Grpo, Lora, Placement, Policy, Ppo, Recipe, Update, Warmstart
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+POLICY = PolicySpec("openvla-oft", 64, 1, 4, 7, 0, "tabletop", 1_000_000, 96, 3, 68)
+ENV = EnvSpec("tabletop", ("put",), 1, 64, 64, 8, 7, 48)
+LAPTOP = Cluster(cores=8, host_bytes=16 * 2**30, reason="test")
+RECIPE = Recipe(name="a", policy=Policy(checkpoint="scratch:tiny"), algorithm=Ppo(chunks_per_update=12), update=Update(minibatches=4))
+
+
+def gpus(count: int, nodes: int = 1) -> Cluster:
+    memory = {"device_bytes": 80 * 2**30, "host_bytes": 2**40}
+    return Cluster(nodes=nodes, devices_per_node=count, device="cuda", device_name="H100", cores=64, **memory)
+
+
+def with_(recipe: Recipe = RECIPE, **changes: Any) -> Recipe:
+    return replace(recipe, **changes)
+
+
+def test_ppo_arithmetic() -> None:
+    plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
+    # 64 slots x 12 chunks = 768 samples; 4 minibatches of 192; a rank has 32 slots x 3 chunks = 96 of each, one pass of at most 128.
+    assert plan.update.samples == 768
+    assert plan.update.minibatch_samples == 192
+    assert (plan.update.microbatch, plan.update.accumulation) == (96, 1)
+    assert (plan.rollout.chunk_steps, plan.rollout.episodes_per_slot, plan.rollout.group_size) == (12, 0, 1)
+    assert [r.slots for r in plan.ranks] == [(0, 32), (32, 64)]
+    assert [r.threads for r in plan.ranks] == [4, 4]
+    assert (plan.dtype, plan.workers.backend, plan.mode) == ("float32", "gloo", "collocated")
+
+
+def test_a_slots_chunks_that_do_not_divide_are_rounded_up_per_slot() -> None:
+    plan = compile_plan(with_(update=Update(minibatches=5, microbatch=50)), LAPTOP, POLICY, ENV)
+    # 12 chunks in 5 parts: at most 3 of a slot; 64 x 3 = 192 samples in passes of 50 -> 4.
+    assert plan.update.minibatch_samples == 154  # ceil(768 / 5)
+    assert plan.update.accumulation == 4
+
+
+def test_grpo_arithmetic() -> None:
+    recipe = with_(algorithm=Grpo(group_size=8, episodes_per_update=256), ranks=4)
+    plan = compile_plan(recipe, LAPTOP, POLICY, replace(ENV, horizon=50))
+    # horizon 50 in chunks of 4 -> 13; 256 episodes over 64 slots -> 4; 64 x 4 x 13 samples at most.
+    assert (plan.rollout.chunks_per_episode, plan.rollout.episodes_per_slot) == (13, 4)
+    assert plan.update.samples == 3328
+    assert plan.rollout.group_size == 8
+
+
+def test_gpus_and_nodes() -> None:
+    plan = compile_plan(with_(), gpus(2, nodes=2), POLICY, ENV)
+    assert [(r.rank, r.node, r.local_rank, r.device) for r in plan.ranks] == [
+        (0, 0, 0, "cuda:0"), (1, 0, 1, "cuda:1"), (2, 1, 0, "cuda:0"), (3, 1, 1, "cuda:1"),
+    ]  # fmt: skip
+    assert (plan.dtype, plan.workers.backend, plan.workers.ranks_per_node) == ("bfloat16", "nccl", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "says"),
+    [
+        ({"ranks": 3}, {}, "env.parallel = 64 (default): 64 parallel episodes do not split over 3 ranks. Use 63 or 66."),
+        (
+            {"placement": Placement(stages=3)},
+            {},
+            "placement.stages = 3 (recipe line 9): 64 parallel envs on 1 rank do not split into 3 stages. "
+            "Use 1, 2, 4, 8 or 16, or set env.parallel to 63 or 66.",
+        ),
+        ({"algorithm": Grpo(group_size=8), "ranks": 16}, {}, "algorithm.group_size = 8 (default): a group stays on one rank"),
+        ({"placement": Placement(mode="hybrid")}, {}, "this version of vlarl runs collocated placements only"),
+        ({"threads": 9}, {}, "want 9 cores and there are 8"),
+        ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
+        ({"update": Update(minibatches=769)}, {}, "Use at most 768."),
+        ({"warmstart": Warmstart(steps=1, batch=3), "ranks": 2}, {}, "warmstart.batch = 3 (default): does not split over 2 ranks."),
+        ({}, {"action_dim": 14}, "it emits 14 numbers per action and tabletop takes 7"),
+        ({}, {"views": 2}, "Set env.wrist_camera to true."),
+        ({}, {"proprio_dim": 9}, "it reads a state of 9 numbers and tabletop gives 8"),
+        ({}, {"image_size": 224}, "env.image_size = 64 (default): the policy scratch:tiny looks at 224 pixels"),
+        ({}, {"chunk": 50}, "env.horizon = 48 (default): shorter than one chunk"),
+        ({}, {"kind": "openvla"}, "holds a policy of kind openvla"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], policy: dict[str, Any], says: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        compile_plan(with_(**changes), LAPTOP, replace(POLICY, **policy), ENV, "train", {"placement.stages": "recipe line 9"})
+    assert says in caught.value.message
+
+
+def test_all_clashes_are_reported_at_once() -> None:
+    with pytest.raises(PlanError, match="3 problems"):
+        compile_plan(with_(ranks=3), LAPTOP, replace(POLICY, action_dim=14, views=2), ENV)
+
+
+def test_more_ranks_than_gpus() -> None:
+    with pytest.raises(PlanError, match="there are 2 GPUs"):
+        compile_plan(with_(ranks=4), gpus(2), POLICY, ENV)
+
+
+def test_memory_refusal_names_the_largest_part_and_a_remedy() -> None:
+    openvla = replace(POLICY, parameters=7_500_000_000, hidden_size=4096, layers=32, sequence_length=300)
+    with pytest.raises(PlanError, match="Adam.s moments, sharded most of all") as caught:
+        compile_plan(with_(env=Env(parallel=8)), gpus(1), openvla, ENV)
+    assert "Use more ranks or policy.lora." in caught.value.hint
+    frugal = Update(microbatch=4, activation_checkpointing=True)
+    lora = with_(env=Env(parallel=8), policy=Policy(checkpoint="x", lora=Lora()), update=frugal)
+    plan = compile_plan(lora, gpus(4), openvla, replace(ENV, height=224, width=224))
+    assert phase_bytes(plan.memory, "update") < 80 * 2**30
+
+
+def test_memory_rows_by_hand() -> None:
+    plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
+    rows = {(row.phase, row.component): row for row in plan.memory}
+    assert rows["update", "master weights, sharded"].bytes == 1_000_000 * 4 // 2
+    assert rows["update", "Adam's moments, sharded"].bytes == 1_000_000 * 8 // 2
+    # 32 slots x 13 rows x (64*64*3 frame + 8*4 state + 28 tokens x 12 + 4 actions x 11 + 16)
+    assert rows["rollout", "rollout buffer (frames as uint8)"].bytes == 32 * 13 * (12288 + 32 + 336 + 44 + 16)
+    assert {row.where for row in plan.memory} == {"host"}
+    evaluation = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV, "eval")
+    assert {row.phase for row in evaluation.memory} == {"rollout"}
+    # weights and exported policy, Adam's two moments, float32: 16 bytes a parameter, in keep + 2 copies
+    assert checkpoint_bytes(RECIPE, POLICY, "float32") == 16_000_000 * 4
+
+
+def test_the_plan_survives_json() -> None:
+    plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
+    assert serial.from_dict(PlacementPlan, json.loads(serial.dumps(plan))) == plan
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("cluster", [LAPTOP, gpus(1), gpus(2), gpus(8)], ids=["cpu", "1 gpu", "2 gpus", "8 gpus"])
+def test_shipped_recipes_compile(path: Path, cluster: Cluster) -> None:
+    recipe = load_recipe(path, [])
+    plan = compile_plan(recipe, cluster, POLICY, simulator_spec(recipe.env))
+    assert plan.ranks[-1].slots[1] == recipe.env.parallel
+    assert len(path.read_text().splitlines()) <= 30
+    assert recipe.summary
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_compile_on_cpu_ranks(path: Path, ranks: int) -> None:
+    recipe = load_recipe(path, [f"ranks={ranks}"])
+    assert len(compile_plan(recipe, LAPTOP, POLICY, simulator_spec(recipe.env)).ranks) == ranks
