@@ -15,7 +15,7 @@ from vlarl.envs.spec import EnvSpec, EpisodeSpec
 from vlarl.plan.placement import PLAN_VERSION, PlacementPlan, RankPlan, RolloutPlan, UpdatePlan, WorkerGroup
 from vlarl.policies.base import Scores
 from vlarl.policies.sampling import entropy, log_distribution, token_logprob
-from vlarl.types import ActionChunk, ChunkResult, Observation
+from vlarl.types import ActionChunk, ChunkResult, Observation, TrajectoryBatch
 
 K, A = 2, 3  # actions per chunk, numbers per action
 N = K * A
@@ -121,7 +121,7 @@ class LinearModule(nn.Module):
 
     def forward(self, state_BD: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.tanh(self.backbone(state_BD.to(self.backbone.weight.dtype)))
-        return self.head(hidden).unflatten(1, (N, self.bins)), self.value_head(hidden)
+        return self.head(hidden).view(-1, N, self.bins).clone(), self.value_head(hidden)
 
 
 class LinearPolicy:
@@ -142,3 +142,31 @@ class LinearPolicy:
         logits_BNM, value_B1 = self.module(obs.state_BD)
         logp_BNM = log_distribution(logits_BNM, temperature, top_k)
         return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_B1)
+
+    def logits(self, obs: Observation) -> Tensor:
+        return self.module(obs.state_BD)[0]
+
+
+def blank_batch(T: int, B: int, J: int = 1, dtype: torch.dtype = torch.float64) -> TrajectoryBatch:
+    """T chunks in each of B slots, all of them executed, all numbers 0, no episode finished. Fill in with dataclasses.replace."""
+    executed, never = torch.ones(T, B, K, dtype=torch.bool), torch.zeros(T, B, K, dtype=torch.bool)
+    return TrajectoryBatch(
+        image_TBVHWC=torch.zeros(T, B, 1, 2, 2, 3, dtype=torch.uint8),
+        state_TBD=torch.zeros(T, B, 2),
+        instruction_TB=torch.zeros(T, B, dtype=torch.int64),
+        instructions=("",),
+        token_TBN=torch.zeros(T, B, N, dtype=torch.int64),
+        logprob_TBN=torch.zeros(T, B, N, dtype=dtype),
+        value_TBJ=torch.zeros(T, B, J, dtype=dtype),
+        reward_TBK=torch.zeros(T, B, K),
+        terminated_TBK=never,
+        truncated_TBK=never.clone(),
+        valid_TBK=executed,
+        active_TB=torch.ones(T, B, dtype=torch.bool),
+        last_value_BJ=torch.zeros(B, J, dtype=dtype),
+        final_value_TBJ=torch.zeros(T, B, J, dtype=dtype),
+        episode_TB=torch.full((T, B), -1),
+        slot_B=torch.arange(B),
+        episodes=(),
+        policy_version=0,
+    )

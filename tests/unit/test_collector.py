@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers.fakes import A, FakeEnv, FakePolicy, K, N, NoSpans, episode
 from torch import Tensor
 
+from helpers.fakes import A, FakeEnv, FakePolicy, K, N, NoSpans, episode
 from vlarl.envs.pool import FinalFrames, LocalPool
 from vlarl.envs.spec import EpisodeSpec
 from vlarl.rollout.collector import Collector, concatenate

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.fakes import episode
 
+from helpers.fakes import episode
 from vlarl.envs.spec import EVAL_INIT_STATE
 from vlarl.rollout.episodes import ListFeed, TrainingFeed, TrainingSchedule
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from helpers.fakes import A, FakeEnv, FakePolicy, K, N, NoSpans, episode
 from torch import Tensor
 
+from helpers.fakes import A, FakeEnv, FakePolicy, K, N, NoSpans, episode
 from vlarl.envs.pool import FinalFrames, LocalPool
 from vlarl.envs.spec import EpisodeSpec
 from vlarl.rng import fold, uniform

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.fakes import A, FakeEnv, K, episode
 
+from helpers.fakes import A, FakeEnv, K, episode
 from vlarl.envs.pool import FinalFrames, LocalPool
 from vlarl.envs.spec import EpisodeSpec
 from vlarl.rollout.episodes import ListFeed

@@ -55,18 +55,19 @@ class Learner:
         if targets.return_TBJ is not None:
             mask = (batch.valid_TBK if targets.return_TBJ.shape[-1] > 1 else batch.valid_TBK.any(-1, keepdim=True)).float()
             value_fit = value_moments(batch.value_TBJ, targets.return_TBJ, mask)
-        steps = 0
+        attempted, taken = 0, 0
         for epoch in range(self._settings.epochs):
             parts = slot_minibatches(targets.keep_TB, batch.slot_B, self._seed, update, epoch, self._settings.minibatches)
             for index in parts:
                 samples = [_Sample.take(batch, targets, rows, weight, self._world.device) for rows, weight in self._pieces(index)]
                 if samples:
-                    self._step(samples, totals, gate=steps == 0)
-                    steps += 1
+                    taken += self._step(samples, totals, gate=attempted == 0)
+                    attempted += 1
         metrics = totals.metrics()
         if targets.return_TBJ is not None:
             metrics["explained_variance"] = explained_variance(all_reduce_sum(self._world, value_fit))
-        return metrics | {"steps": float(steps), "samples": float(all_reduce_sum(self._world, targets.keep_TB.sum().double()))}
+        samples_kept = all_reduce_sum(self._world, targets.keep_TB.sum().double())
+        return metrics | {"steps": float(taken), "skipped_steps": float(attempted - taken), "samples": float(samples_kept)}
 
     def _pieces(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's forward passes for one minibatch: as many, and as large, as on the rank with most samples."""
@@ -74,8 +75,8 @@ class Learner:
         count = -(-most // self._settings.microbatch)
         return iter(microbatches(index, -(-most // count), count) if count else ())
 
-    def _step(self, samples: list[_Sample], totals: _Totals, gate: bool) -> None:
-        """Gradient of one minibatch, summed over forward passes and ranks, then one optimiser step."""
+    def _step(self, samples: list[_Sample], totals: _Totals, gate: bool) -> bool:
+        """Gradient of one minibatch, summed over forward passes and ranks, then one optimiser step; False if it was refused."""
         level = self._algorithm.logprob
         action_dim = self.policy.spec.action_dim
         weights = [losses.level_mask(s.valid_BK, level, action_dim) * s.weight_B[:, None] for s in samples]
@@ -89,15 +90,15 @@ class Learner:
         norm = clip_grad_norm(self.policy.module, self._settings.grad_clip)
         if gate:
             self._check_gap(totals)
-        if bool(all_finite([norm])):
+        finite = bool(all_finite([norm]))
+        if finite:
             self.optimizer.step()
-            self._refused = 0
             totals.add_norm(norm)
-        else:
-            self._refused += 1
-            if self._refused >= SKIPPED_STEPS_LIMIT:
-                raise WorkerError(f"update: the gradient was not finite {self._refused} times in a row.", "Lower update.learning_rate.")
+        self._refused = 0 if finite else self._refused + 1
+        if self._refused >= SKIPPED_STEPS_LIMIT:
+            raise WorkerError(f"update: the gradient was not finite {self._refused} times in a row.", "Lower update.learning_rate.")
         self.optimizer.zero_grad(set_to_none=True)
+        return finite
 
     def _loss(self, s: _Sample, weight_BL: Tensor, policy_size: Tensor, value_size: Tensor, totals: _Totals, gate: bool) -> Tensor:
         """The loss of one forward pass, already divided by the global denominators."""
