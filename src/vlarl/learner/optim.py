@@ -33,6 +33,23 @@ def build_optimizer(
     return optimizer
 
 
+def build_cloning_optimizers(module: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """For behaviour cloning of an unsharded module: Muon (Jordan et al., 2024) for the hidden layers' matrices, AdamW for everything else.
+
+    Muon's steps are scaled to AdamW's size, so that one learning rate serves both. The value head is left out: nothing trains it here.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and not name.startswith(VALUE_PREFIX)}
+    hidden = {name: p for name, p in trainable.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+    rest = [p for name, p in trainable.items() if name not in hidden]
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        muon = torch.optim.Muon(list(hidden.values()), lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, foreach=True))
+    return optimizers
+
+
 def learning_rate_at(update: int, base: float, start: int, warmup: int, updates: int, decay: bool) -> float:
     """Learning rate of update `update` (from 0).
 

@@ -5,14 +5,13 @@ recover (noise injection as in DART, Laskey et al., 2017).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from vlarl.distributed.fsdp import clip_grad_norm
 from vlarl.distributed.mesh import World
 from vlarl.distributed.reduce import all_reduce_sum
 from vlarl.envs.base import BatchedEnv
@@ -108,30 +107,34 @@ def soft_targets(token_BN: Tensor, width: float, bins: int) -> Tensor:
 
 def clone(
     policy: VLAPolicy,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     pool: DemonstrationPool,
     settings: Warmstart,
     world: World,
     report: Callable[[SftProgress], None],
 ) -> None:
-    """Behaviour cloning for `settings.steps` optimiser steps; every rank clones its own demonstrations, gradients are averaged."""
+    """Behaviour cloning for `settings.steps` optimiser steps. The module is not sharded: every rank holds it whole and clones its own
+    demonstrations; gradients are averaged."""
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     local_batch = settings.batch // world.world_size
     wanted = _wanted(settings, local_batch)
     sums = torch.zeros(4, dtype=torch.float64)
     for step in range(settings.steps):
         while pool.collected < next(wanted):
             pool.collect()
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate(settings, step)
         obs, token_BN = pool.sample(local_batch)
         target = soft_targets(token_BN.to(world.device), settings.bin_smoothing, BINS)
         logits_BNM = policy.logits(Observation(obs.image_BVHWC.to(world.device), obs.state_BD.to(world.device), obs.instruction))
         log_target = target.clamp(min=1e-12).log()
         loss = (target * (log_target - torch.log_softmax(logits_BNM.float(), -1))).sum(-1).mean()
-        (loss / world.world_size).backward()  # gradients are summed over ranks
-        clip_grad_norm(policy.module, settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _average_gradients(world, parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             distance = (logits_BNM.argmax(-1).cpu() - token_BN).abs().double()
         sums += torch.stack([loss.detach().cpu().double(), (distance == 0).double().mean(), distance.mean(), torch.ones(())])
@@ -139,6 +142,16 @@ def clone(
             mean = all_reduce_sum(world, sums)
             report(SftProgress(step + 1, *(mean[:3] / mean[3]).tolist()))
             sums.zero_()
+
+
+def _average_gradients(world: World, parameters: Sequence[Tensor]) -> None:
+    """One reduction of all gradients."""
+    if world.world_size == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    mean = all_reduce_sum(world, torch.cat([g.flatten() for g in grads])) / world.world_size
+    for grad, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def learning_rate(settings: Warmstart, step: int) -> float:

@@ -76,9 +76,9 @@ class Warmstart:
     __pydantic_config__ = STRICT
     steps: Count
     """Optimiser steps."""
-    batch: Count = 128
-    learning_rate: Positive = 1e-3
-    lr_warmup: NonNegative = 200
+    batch: Count = 64
+    learning_rate: Positive = 1.5e-3
+    lr_warmup: NonNegative = 100
     weight_decay: Rate = 0.01
     grad_clip: Positive = 1.0
     pool: Count = 40000

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from vlarl.distributed.fsdp import acting, full_state_dict
+from vlarl.distributed.fsdp import acting
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
 from vlarl.errors import PlanError
 from vlarl.evaluation.report import result_table
-from vlarl.learner.optim import build_optimizer
+from vlarl.learner.optim import build_cloning_optimizers
 from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone
 from vlarl.metrics.sinks import MetricsWriter
 from vlarl.metrics.status import write_status
@@ -28,10 +28,9 @@ from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
 from vlarl.worker.loop import train
 from vlarl.worker.progress import Progress
-from vlarl.worker.setup import build_env, build_policy, build_trainer
+from vlarl.worker.setup import build_env, build_policy, build_trainer, shard_policy
 
 DEMONSTRATION_SLOTS = 128  # over all ranks
-SFT_BETAS = (0.9, 0.95)
 
 
 def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) -> None:
@@ -58,15 +57,15 @@ def train_job(run: Context, resume: bool) -> None:
     if run.recipe.warmstart is not None and not resume:
         warm_start(run, policy)
     needs_reference = run.recipe.algorithm.kl_coef > 0
-    reference = build_policy(run, trainable=False) if needs_reference else None
-    trainer = build_trainer(run, policy, reference)
+    reference = shard_policy(run, build_policy(run, trainable=False)) if needs_reference else None
+    trainer = build_trainer(run, shard_policy(run, policy), reference)
     progress = train(run, trainer, resume)
     _finish(run, _training_result(run, progress))
 
 
 def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
     """Play the named variations with one policy; eval.json holds every episode's row."""
-    policy = build_policy(run, trainable=False)
+    policy = shard_policy(run, build_policy(run, trainable=False))
     folder, _ = resolve_folder(run.recipe.policy.checkpoint)
     hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
     reports = []
@@ -89,7 +88,7 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
     schedule = TrainingSchedule(run.recipe.seed, DEMONSTRATION_SLOTS, len(env.tasks), 1)
     first = world.rank * local
     feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
-    optimizer = build_optimizer(policy.module, settings.learning_rate, settings.learning_rate, SFT_BETAS, 1e-8, settings.weight_decay)
+    optimizers = build_cloning_optimizers(policy.module, settings.learning_rate, settings.weight_decay)
     simulator = build_env(run, local)
     if not isinstance(simulator, ExpertEnv):
         raise PlanError(f"warmstart: the simulator {env.simulator} has no scripted expert.", "Start from a supervised checkpoint.")
@@ -116,11 +115,10 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
             line=f"loss {at.loss:.3f}, {at.error:.1f} bins from the expert",
         )
 
-    clone(policy, optimizer, pool, settings, world, report)
-    state = full_state_dict(policy.module)
+    clone(policy, optimizers, pool, settings, world, report)
     if sinks is not None:
         sinks.close()
-        save_policy(folder, policy, state)
+        save_policy(folder, policy, policy.module.state_dict())
         _write(folder / "provenance.json", _provenance(run, settings, time.perf_counter() - started))
     barrier(world, "warm start")
 

@@ -32,20 +32,21 @@ class Trainer:
 
 
 def build_policy(run: Context, trainable: bool) -> VLAPolicy:
-    """The recipe's policy, sharded over the learner ranks. trainable: False freezes it and leaves adapters out."""
+    """The recipe's policy, whole on this rank. trainable: False freezes it and leaves adapters out."""
     p = run.recipe.policy
     policy = load_policy(
         p.checkpoint, p.unnorm_key, p.value, run.master_dtype, run.world.device, p.lora if trainable else None, p.freeze, run.recipe.seed
     )
     if not trainable:
         policy.module.requires_grad_(False)
-    shard(
-        policy.module,
-        run.world.learner,
-        run.compute_dtype,
-        policy.module.fsdp_units(),
-        activation_checkpointing=trainable and run.recipe.update.activation_checkpointing,
-    )
+    return policy
+
+
+def shard_policy(run: Context, policy: VLAPolicy) -> VLAPolicy:
+    """The same policy, spread over the learner ranks."""
+    checkpointing = run.recipe.update.activation_checkpointing and any(p.requires_grad for p in policy.module.parameters())
+    units = policy.module.fsdp_units()
+    shard(policy.module, run.world.learner, run.compute_dtype, units, activation_checkpointing=checkpointing)
     return policy
 
 
