@@ -1,0 +1,136 @@
+"""Warm start: targets, schedules, the pool of demonstrations, and that cloning learns."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.fakes import A, FakeEnv, K, LinearPolicy, N, episode, one_rank_plan
+from vlarl.distributed.mesh import World, init_world, shutdown
+from vlarl.envs.spec import EpisodeSpec
+from vlarl.learner.optim import build_optimizer
+from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone, learning_rate, soft_targets
+from vlarl.policies.actions import BINS
+from vlarl.recipe.schema import Warmstart
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield init_world(one_rank_plan())
+    shutdown()
+
+
+class Expert(FakeEnv):
+    """FakeEnv with an expert: every number of the next action is (episode + actions played) mod 4, in quarters."""
+
+    def expert_chunk(self, chunk: int, clumsiness: float) -> Tensor:
+        number = torch.tensor([spec.uid + played if spec else 0 for spec, played in zip(self._episode, self._played, strict=True)])
+        return ((number % 4) / 4)[:, None, None].expand(-1, chunk, A).clone()
+
+
+class Endless:
+    """Slot b plays episodes 10 b, 10 b + 1, ... of 3 actions each."""
+
+    def __init__(self) -> None:
+        self.count: dict[int, int] = {}
+
+    def next(self, slot: int) -> EpisodeSpec:
+        self.count[slot] = self.count.get(slot, -1) + 1
+        return episode(10 * slot + self.count[slot], 3, True)
+
+
+class Codec:
+    """Bin = 100 x action."""
+
+    def encode(self, action_BKA: Tensor) -> Tensor:
+        return (100 * action_BKA).long().flatten(1)
+
+
+def demonstrations(settings: Warmstart, slots: int, size: int, seed: int = 0) -> tuple[DemonstrationPool, Expert]:
+    env = Expert(slots)
+    policy = SimpleNamespace(spec=SimpleNamespace(chunk=K), codec=Codec())
+    return DemonstrationPool(env, Endless(), policy, settings, slots, size, seed), env  # type: ignore[arg-type]
+
+
+def test_soft_targets() -> None:
+    hard = soft_targets(torch.tensor([[0, 2]]), 0.0, 4)
+    assert hard.tolist() == [[[1, 0, 0, 0], [0, 0, 1, 0]]]
+    soft = soft_targets(torch.tensor([[0]]), 1.0, 3)[0, 0]
+    weights = torch.tensor([0.0, -0.5, -2.0]).exp()  # a Gaussian cut off at the first bin
+    torch.testing.assert_close(soft, weights / weights.sum())
+
+
+def test_learning_rate_rises_then_falls_to_a_twentieth() -> None:
+    settings = Warmstart(steps=100, learning_rate=2.0, lr_warmup=10)
+    assert learning_rate(settings, 0) == pytest.approx(2.0 / 10)
+    assert learning_rate(settings, 10) == pytest.approx(2.0 * (1 - 0.095))
+    assert learning_rate(settings, 100) == pytest.approx(2.0 / 20)
+
+
+def test_samples_pair_what_is_seen_with_what_the_expert_does() -> None:
+    pool, env = demonstrations(Warmstart(steps=1), slots=3, size=100)
+    for _ in range(8):
+        pool.collect()
+    assert pool.collected == 24 and all(index == [0, 1, 2] for index in env.observed)
+    obs, token_BN = pool.sample(200)
+    assert obs.image_BVHWC.shape == (200, 1, 2, 2, 3) and token_BN.shape == (200, N)
+    uid, played = obs.state_BD.long().unbind(1)
+    assert torch.equal(token_BN, (25 * ((uid + played) % 4))[:, None].expand(-1, N))  # labels carry no noise
+    assert torch.equal(obs.image_BVHWC[:, 0, 0, 0, 0].long(), uid)
+    assert obs.instruction == tuple(f"episode {u}" for u in uid.tolist())
+    assert sorted(set(played.tolist())) == [0, 2]  # episodes of 3 actions are two chunks long, then the next one starts
+    assert len(set(uid.tolist())) == 12  # 4 episodes in each of 3 slots
+
+
+def test_the_oldest_samples_are_renewed() -> None:
+    pool, _ = demonstrations(Warmstart(steps=1), slots=2, size=6)
+    for _ in range(20):
+        pool.collect()
+    obs, _ = pool.sample(100)
+    assert sorted(set(obs.state_BD[:, 0].long().tolist())) == [8, 9, 18, 19]  # the last three of twenty chunks in each slot
+
+
+def test_executed_actions_are_disturbed_in_a_third_of_the_chunks() -> None:
+    pool, env = demonstrations(Warmstart(steps=1, action_noise=0.5), slots=300, size=600)
+    expert_BKA = env.expert_chunk(K, 0.0)
+    pool.collect()
+    executed = env.actions[0]
+    moved = (executed[..., :-1] != expert_BKA[..., :-1]).flatten(1).any(1)
+    assert 75 <= int(moved.sum()) <= 125  # 100 expected, standard deviation 8
+    flipped = (executed[..., -1] != expert_BKA[..., -1]).any(1)
+    assert int(flipped.sum()) <= 35  # the gripper: 5 % of the chunks, whole chunks at a time, and no noise
+    assert torch.equal(executed[flipped][..., -1], -expert_BKA[flipped][..., -1])
+    assert float(executed.abs().max()) <= 1
+    quiet, calm = demonstrations(Warmstart(steps=1, action_noise=0.0), slots=300, size=600)
+    quiet.collect()
+    assert torch.equal(calm.actions[0][..., :-1], expert_BKA[..., :-1])
+
+
+def test_the_same_seed_gives_the_same_samples() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        pool, _ = demonstrations(Warmstart(steps=1), 3, 100, seed)
+        for _ in range(5):
+            pool.collect()
+        drawn.append(pool.sample(50)[0].state_BD)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_the_fake_expert_is_an_expert_and_the_plain_simulator_is_none() -> None:
+    assert isinstance(Expert(1), ExpertEnv) and not isinstance(FakeEnv(1), ExpertEnv)
+
+
+def test_cloning_learns_and_reports(world: World) -> None:
+    settings = Warmstart(steps=60, batch=32, learning_rate=0.05, lr_warmup=5, log_every=25, pool=300)
+    policy = LinearPolicy(world, torch.float32, bins=BINS)
+    pool, _ = demonstrations(settings, slots=30, size=300)
+    reports: list[SftProgress] = []
+    optimizer = build_optimizer(policy.module, 1.0, 1.0, (0.9, 0.95), 1e-8, 0.0)
+    clone(policy, optimizer, pool, settings, world, reports.append)  # type: ignore[arg-type]
+    assert [r.step for r in reports] == [25, 50, 60]
+    assert pool.collected >= 300  # the first fill
+    assert 0 < reports[-1].loss < 0.5 * reports[0].loss
+    assert reports[-1].accuracy > 0.2 and reports[-1].error < 40  # four actions, 25 bins apart
