@@ -127,11 +127,14 @@ class LinearModule(nn.Module):
 class LinearPolicy:
     """The half of VLAPolicy that the learner uses, over LinearModule; sees the state alone. `calls`: rows of every scoring pass."""
 
-    def __init__(self, world: World, dtype: torch.dtype = torch.float64, bins: int = 5, frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self, world: World, dtype: torch.dtype = torch.float64, bins: int = 5, frozen: Sequence[str] = (), whole: bool = False
+    ) -> None:
         self.module = LinearModule(bins, dtype)
         for name in frozen:
             self.module.get_submodule(name).requires_grad_(False)
-        shard(self.module, world.learner, dtype)
+        if not whole:
+            shard(self.module, world.learner, dtype)
         self.spec = SimpleNamespace(chunk=K, action_dim=A)
         self.device = world.device
         self.policy_version = 0

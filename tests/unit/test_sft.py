@@ -11,7 +11,7 @@ from torch import Tensor
 from helpers.fakes import A, FakeEnv, K, LinearPolicy, N, episode, one_rank_plan
 from vlarl.distributed.mesh import World, init_world, shutdown
 from vlarl.envs.spec import EpisodeSpec
-from vlarl.learner.optim import build_optimizer
+from vlarl.learner.optim import build_cloning_optimizers
 from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone, learning_rate, soft_targets
 from vlarl.policies.actions import BINS
 from vlarl.recipe.schema import Warmstart
@@ -125,11 +125,10 @@ def test_the_fake_expert_is_an_expert_and_the_plain_simulator_is_none() -> None:
 
 def test_cloning_learns_and_reports(world: World) -> None:
     settings = Warmstart(steps=60, batch=32, learning_rate=0.05, lr_warmup=5, log_every=25, pool=300)
-    policy = LinearPolicy(world, torch.float32, bins=BINS)
+    policy = LinearPolicy(world, torch.float32, bins=BINS, whole=True)
     pool, _ = demonstrations(settings, slots=30, size=300)
     reports: list[SftProgress] = []
-    optimizer = build_optimizer(policy.module, 1.0, 1.0, (0.9, 0.95), 1e-8, 0.0)
-    clone(policy, optimizer, pool, settings, world, reports.append)  # type: ignore[arg-type]
+    clone(policy, build_cloning_optimizers(policy.module, 1.0, 0.0), pool, settings, world, reports.append)  # type: ignore[arg-type]
     assert [r.step for r in reports] == [25, 50, 60]
     assert pool.collected >= 300  # the first fill
     assert 0 < reports[-1].loss < 0.5 * reports[0].loss

@@ -34,7 +34,7 @@ def film_batch(run: Context, batch: TrajectoryBatch, update: int) -> None:
     films = []
     for row, episode in enumerate(batch.episodes):
         steps, column = (batch.episode_TB == row).nonzero().unbind(-1)
-        if len(steps) and episode.length > 0 and (steps[0] > 0 or batch.active_TB[0, column[0]]):
+        if episode.length == int(batch.valid_TBK[steps, column].sum()):  # else it began in an earlier update
             instruction = batch.instructions[int(batch.instruction_TB[steps[0], column[0]])]
             frames = list(batch.image_TBVHWC[steps, column].clone())
             films.append(Film(episode.spec, instruction, frames, episode.success))

@@ -56,8 +56,10 @@ def train_job(run: Context, resume: bool) -> None:
     policy = build_policy(run, trainable=True)
     if run.recipe.warmstart is not None and not resume:
         warm_start(run, policy)
-    needs_reference = run.recipe.algorithm.kl_coef > 0
-    reference = shard_policy(run, build_policy(run, trainable=False)) if needs_reference else None
+    reference = None
+    if run.recipe.algorithm.kl_coef > 0:
+        cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart is not None else None
+        reference = shard_policy(run, build_policy(run, trainable=False, source=cloned))
     trainer = build_trainer(run, shard_policy(run, policy), reference)
     progress = train(run, trainer, resume)
     _finish(run, _training_result(run, progress))

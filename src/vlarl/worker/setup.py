@@ -31,12 +31,12 @@ class Trainer:
     sampler: Sampler
 
 
-def build_policy(run: Context, trainable: bool) -> VLAPolicy:
-    """The recipe's policy, whole on this rank. trainable: False freezes it and leaves adapters out."""
+def build_policy(run: Context, trainable: bool, source: str | None = None) -> VLAPolicy:
+    """The recipe's policy (or `source`), whole on this rank. trainable: False freezes it and leaves adapters out."""
     p = run.recipe.policy
-    policy = load_policy(
-        p.checkpoint, p.unnorm_key, p.value, run.master_dtype, run.world.device, p.lora if trainable else None, p.freeze, run.recipe.seed
-    )
+    lora = p.lora if trainable else None
+    dtype, device = run.master_dtype, run.world.device
+    policy = load_policy(source or p.checkpoint, p.unnorm_key, p.value, dtype, device, lora, p.freeze, run.recipe.seed)
     if not trainable:
         policy.module.requires_grad_(False)
     return policy
