@@ -11,8 +11,9 @@ SOURCES := pyproject.toml constraints.txt scripts/install.sh
 
 .PHONY: quickstart install test lint clean
 
-# A run that was interrupted goes on from its last checkpoint.
+# A run that was interrupted goes on from its last checkpoint; one that had none yet starts anew.
 quickstart: $(INSTALLED)
+	@if [ -f $(OUT)/plan.json ] && ! ls $(OUT)/checkpoints/*/manifest.json >/dev/null 2>&1; then rm -r $(OUT); fi
 	@if ls $(OUT)/checkpoints/*/manifest.json >/dev/null 2>&1; then set -x; $(VENV)/bin/vlarl train --resume $(OUT); \
 	else set -x; $(VENV)/bin/vlarl train recipes/quickstart.yaml --out $(OUT); fi
 	$(VENV)/bin/vlarl eval --ckpt $(OUT)

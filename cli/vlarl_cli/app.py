@@ -123,7 +123,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 400,
     parallel: Annotated[int | None, typer.Option(min=1, help="Episodes at once. Default: as in training.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Task families, with commas. Default: as in training.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy. Default: the training recipe's eval.temperature.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of scenes and sampling; results with one seed share their episodes.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Out = None,

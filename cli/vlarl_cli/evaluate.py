@@ -18,14 +18,14 @@ from vlarl.recipe.schema import Env, Eval, Placement, Policy, Ppo, Recipe, Updat
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """None: as in training (tasks, parallel), or the protocol's default."""
+    """None: as in training."""
 
     checkpoint: str
     sets: str
     episodes: int
     parallel: int | None
     tasks: tuple[str, ...] | None
-    temperature: float
+    temperature: float | None
     seed: int
     device: str
 
@@ -36,6 +36,7 @@ def eval_recipe(options: EvalOptions) -> tuple[LoadedRecipe, tuple[str, ...]]:
     trained = _training_recipe(source, run_dir)
     env = trained.env if options.tasks is None else replace(trained.env, tasks=options.tasks)
     variations = variation_names(options.sets, env.simulator)
+    temperature = trained.eval.temperature if options.temperature is None else options.temperature
     recipe = Recipe(
         name=f"eval-{trained.name}",
         seed=options.seed,
@@ -46,7 +47,7 @@ def eval_recipe(options: EvalOptions) -> tuple[LoadedRecipe, tuple[str, ...]]:
         algorithm=Ppo(critic_warmup=0),
         update=Update(updates=1),
         placement=Placement(),
-        eval=Eval(episodes=options.episodes, temperature=options.temperature, videos=trained.eval.videos),
+        eval=Eval(episodes=options.episodes, temperature=temperature, videos=trained.eval.videos),
     )
     ranks = rank_count(recipe, discover(recipe.device))
     wanted = min(options.parallel or trained.eval.parallel or env.parallel, options.episodes)
