@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,11 +40,13 @@ class Learner:
         settings: Update,
         rollout: Rollout,
         seed: int,
+        dump_dir: Path | None = None,
     ) -> None:
-        """reference: the policy before RL, for the KL term (None without one)."""
+        """reference: the policy before RL, for the KL term (None without one). dump_dir: where the samples of a refused step are left."""
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
         self._world, self._algorithm, self._settings, self._rollout, self._seed = world, algorithm, settings, rollout, seed
         self._refused = 0
+        self._dump_dir = dump_dir
 
     def update(self, batch: TrajectoryBatch, targets: Targets, update: int) -> dict[str, float]:
         """One update: every kept sample once per epoch, `minibatches` optimiser steps per epoch. Returns metrics, equal on all ranks.
@@ -94,6 +97,8 @@ class Learner:
         if finite:
             self.optimizer.step()
             totals.add_norm(norm)
+        else:
+            self._dump(samples)
         self._refused = 0 if finite else self._refused + 1
         if self._refused >= SKIPPED_STEPS_LIMIT:
             raise WorkerError(f"update: the gradient was not finite {self._refused} times in a row.", "Lower update.learning_rate.")
@@ -133,6 +138,12 @@ class Learner:
             stats |= {k: v for k, v in logprob_gap(scores.logprob_BN, s.logprob_BN, executed_BN).items() if k != "gap_p99"}
         totals.add(stats)
         return loss
+
+    def _dump(self, samples: list[_Sample]) -> None:
+        """Leave this rank's samples of a refused step for inspection."""
+        if self._dump_dir is not None:
+            self._dump_dir.mkdir(parents=True, exist_ok=True)
+            torch.save([vars(s) | {"obs": vars(s.obs)} for s in samples], self._dump_dir / f"rank{self._world.rank}-{self._refused}.pt")
 
     def _check_gap(self, totals: _Totals) -> None:
         """Stop before the first step if acting and learning do not agree on what was likely."""

@@ -89,7 +89,8 @@ def build_trainer(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) 
     """Everything the training loop needs on this rank."""
     recipe, rollout = run.recipe, run.plan.rollout
     algorithm = recipe.algorithm
-    learner = Learner(policy, reference, build_optimizer_for(run, policy), run.world, algorithm, recipe.update, recipe.rollout, recipe.seed)
+    optimizer, dump_dir = build_optimizer_for(run, policy), run.run_dir / "refused"
+    learner = Learner(policy, reference, optimizer, run.world, algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir)
     slots = run.rank_plan.slots
     schedule = TrainingSchedule(recipe.seed, rollout.parallel, len(recipe.env.tasks), rollout.group_size)
     feed = TrainingFeed(schedule, range(*slots))
