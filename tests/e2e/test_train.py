@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained: Path, tmp_path
 def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, ranks: int) -> None:
     out = tmp_path / "run"
     process = start("train", "debug", *SETTINGS, "update.updates=100000", "eval.every=0", f"ranks={ranks}", "--out", str(out))
-    wait_for(lambda: (out / "metrics.jsonl").is_file() and metrics(out), process)
+    wait_for(lambda: checkpoints(out), process)
     members = family(process)
     assert len(members) >= 2 + ranks
     process.send_signal(number)
@@ -154,7 +154,7 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, ranks:
     assert process.returncode == 128 + number
     assert [m.pid for m in members if running(m)] == []
     assert f"Stopped by {number.name}" in out_text + err_text and "Traceback" not in out_text + err_text
-    assert checkpoints(out) and list((out / "checkpoints").glob("*.tmp")) == []
+    assert f"vlarl train --resume {out}" in out_text.replace("\n", "")
 
 
 def test_eval_writes_a_row_per_episode_whatever_plays_at_once(trained: Path, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_mistakes_seen_before_anything_starts(trained: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 120 MB."""
+    """A file system of 200 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_from_the_start(small_disk: Path) -> None:
 def test_a_disk_that_fills_up_during_the_run(small_disk: Path) -> None:
     out = small_disk / "run"
     process = start("train", "debug", *SETTINGS, "update.updates=100000", "eval.every=0", "checkpoint.every=1000", "--out", str(out))
-    wait_for(lambda: (out / "metrics.jsonl").is_file() and metrics(out), process)
+    wait_for(lambda: (out / "metrics.jsonl").is_file(), process)
     fill(small_disk)
     output, errors = process.communicate(timeout=DEADLINE_SECONDS)
     refused(Ended(process.returncode, output, errors), "full")

@@ -7,6 +7,7 @@ a rank's heartbeat stopped; a signal came. Whatever the reason, no process of th
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -29,6 +30,7 @@ START_SECONDS = 120.0  # at least so long until a rank's first heartbeat: torch 
 AFTERMATH_SECONDS = 3.0  # left to the other ranks to end by themselves once one has failed
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 5.0  # a process in the middle of a device call takes a moment to die
+FULL_DISK_BYTES = 64 << 10  # with less, a rank cannot say why it ended
 STACK_SECONDS = 0.5  # left to a stalled rank to write its stacks
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -153,7 +155,9 @@ def first_failure(run: RunDir, ranks: int) -> VlarlError | None:
 
 
 def _silent_death(run: RunDir, returncode: int) -> VlarlError:
-    """A rank that died without a word: torchrun's report names it."""
+    """A rank that died without a word: torchrun's report names it, unless a full disk took the words away."""
+    if shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
+        return MachineError(f"The disk of {run.path} is full.", "Free some space, then go on from the last checkpoint with --resume.")
     text = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
     report = text[text.rfind("Root Cause") :] if "Root Cause" in text else ""
     rank = re.search(r"rank\s*:\s*(\d+)", report)

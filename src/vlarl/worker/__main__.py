@@ -5,6 +5,7 @@ Exit codes: 0, EXIT_USER for a mistake the user can mend, EXIT_WORKER for anythi
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -12,8 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
-from vlarl.errors import EXIT_WORKER, VlarlError
+from vlarl.errors import EXIT_USER, EXIT_WORKER, VlarlError
 from vlarl.launch.lifeline import hold
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str]) -> int:
@@ -34,6 +37,10 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            _record(options.run_dir, "user", f"The disk of {options.run_dir} is full.", "Free some space, then resume.")
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER
         _record(options.run_dir, "crash", f"{type(error).__name__}: {error}", "")
         traceback.print_exc()
         return EXIT_WORKER
