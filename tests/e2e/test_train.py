@@ -142,6 +142,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained: Path, tmp_path
     assert same(weights(out), weights(trained))
 
 
+def test_grpo_with_dynamic_sampling_resumes_exactly(tmp_path: Path) -> None:
+    grpo = ("algorithm.kind=grpo", "algorithm.group_size=2", "algorithm.episodes_per_update=8", "algorithm.resample_rounds=1")
+    quiet = ("eval.every=0", "log.tensorboard=false", "log.histograms_every=0", "rollout.temperature=0.5")
+    whole = prepare(tmp_path / "whole", *SETTINGS, *grpo, *quiet, "env.reward=sparse")
+    train_in_ranks(whole, 1)
+    for updates in (2, UPDATES):
+        parts = prepare(tmp_path / "parts", *SETTINGS, *grpo, *quiet, "env.reward=sparse", f"update.updates={updates}")
+        train_in_ranks(parts, 1, resume=updates == UPDATES)
+    assert metrics(parts) == metrics(whole)
+    assert same(weights(parts), weights(whole))
+    assert any(row["update/groups"] == 8 for row in metrics(whole))  # some update played a second round
+    assert any(row["update/kept_groups"] > 0 for row in metrics(whole))  # and some learnt something
+
+
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=["ctrl-c", "sigterm"])
 def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, ranks: int) -> None:
     out = tmp_path / "run"

@@ -20,20 +20,22 @@ DEADLINE_SECONDS = 240.0
 
 
 def prepare(out: Path, *overrides: str) -> Path:
-    """A run folder of the debug recipe, as `vlarl train` makes it."""
+    """A run folder of the debug recipe, as `vlarl train` makes it; in a folder that is one already, recipe and plan are replaced."""
     from vlarl_cli.run import load, make_plan
 
     loaded = load("debug", ["device=cpu", "threads=1", *overrides])
-    return rundir.create(out, loaded.recipe, make_plan(loaded, "train"), 0).path
+    plan = make_plan(loaded, "train")
+    return (rundir.reopen(out, loaded.recipe, plan) if out.exists() else rundir.create(out, loaded.recipe, plan, 0)).path
 
 
-def train_in_ranks(run_dir: Path, ranks: int) -> None:
+def train_in_ranks(run_dir: Path, ranks: int, resume: bool = False) -> None:
     """Train in `run_dir` on `ranks` processes; a rank's failure fails the test with its traceback."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlarl.worker.jobs"])  # imported once, not by every rank
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_SECONDS))
     queue = context.SimpleQueue()
-    processes = [context.Process(target=_rank_main, args=(queue, run_dir, r, ranks, store.port), daemon=True) for r in range(ranks)]
+    every = [(queue, run_dir, rank, ranks, store.port, resume) for rank in range(ranks)]
+    processes = [context.Process(target=_rank_main, args=arguments, daemon=True) for arguments in every]
     for process in processes:
         process.start()
     try:
@@ -47,7 +49,7 @@ def train_in_ranks(run_dir: Path, ranks: int) -> None:
             process.kill()
 
 
-def _rank_main(queue: Any, run_dir: Path, rank: int, ranks: int, port: int) -> None:
+def _rank_main(queue: Any, run_dir: Path, rank: int, ranks: int, port: int, resume: bool) -> None:
     # The variables that torchrun sets; its agent, like the parent here, already serves the store.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -63,7 +65,7 @@ def _rank_main(queue: Any, run_dir: Path, rank: int, ranks: int, port: int) -> N
 
     loop.collect = keeping
     try:
-        jobs.run_job("train", run_dir, (), False)
+        jobs.run_job("train", run_dir, (), resume)
     except BaseException:
         queue.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
