@@ -50,8 +50,9 @@ def make_plan(loaded: LoadedRecipe, job: Job, cluster: Cluster | None = None) ->
 def start(loaded: LoadedRecipe, launch: Launch) -> int:
     """Run a job in a new run folder. Returns the exit code."""
     recipe = loaded.recipe
-    if launch.job == "sft" and recipe.warmstart is None:
-        raise RecipeError(["warmstart: required for `vlarl sft`, and not given. Add a warmstart section with `steps`."], recipe.name)
+    if launch.job == "sft" and not recipe.warmstart:
+        rule = "warmstart: required for `vlarl sft`, and not given. Add a list of phases, such as `warmstart: [{steps: 5000}]`."
+        raise RecipeError([rule], recipe.name)
     plan = make_plan(loaded, launch.job)
     out = launch.out or rundir.default_path(recipe.name, time.time())
     needed = 0 if launch.job == "eval" else checkpoint_bytes(recipe, policy_spec(recipe), plan.dtype)

@@ -87,7 +87,7 @@ def test_gpus_and_nodes() -> None:
         ({"threads": 9}, {}, "want 9 cores and there are 8"),
         ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
         ({"update": Update(minibatches=769)}, {}, "Use at most 768."),
-        ({"warmstart": Warmstart(steps=1, batch=3), "ranks": 2}, {}, "warmstart.batch = 3 (default): does not split over 2 ranks."),
+        ({"warmstart": (Warmstart(steps=1, batch=3),), "ranks": 2}, {}, "a phase's batch of 3 does not split over 2 ranks."),
         ({}, {"action_dim": 14}, "it emits 14 numbers per action and tabletop takes 7"),
         ({}, {"views": 2}, "Set env.wrist_camera to true."),
         ({}, {"proprio_dim": 9}, "it reads a state of 9 numbers and tabletop gives 8"),

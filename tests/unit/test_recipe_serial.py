@@ -12,7 +12,7 @@ from vlarl.errors import VlarlError
 from vlarl.recipe.schema import Grpo, Lora, Policy, Recipe, Warmstart
 
 POLICY = Policy(checkpoint="scratch:tiny", lora=Lora(targets=("q_proj",)))
-RECIPE = Recipe(name="a", policy=POLICY, algorithm=Grpo(), warmstart=Warmstart(steps=3))
+RECIPE = Recipe(name="a", policy=POLICY, algorithm=Grpo(), warmstart=(Warmstart(steps=3),))
 
 
 def test_round_trip(tmp_path: Path) -> None:

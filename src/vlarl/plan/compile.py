@@ -158,9 +158,10 @@ def _batch_clashes(recipe: Recipe, ranks: int, chunks_per_episode: int) -> list[
             f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}."
         )
         found.append(Clash("update.minibatches", rule, ("env.parallel",)))
-    if recipe.warmstart and recipe.warmstart.batch % ranks:
-        rule = f"does not split over {ranks} ranks. Use {multiples_near(recipe.warmstart.batch, ranks)}."
-        found.append(Clash("warmstart.batch", rule, ("ranks",)))
+    for phase in recipe.warmstart:
+        if phase.batch % ranks:
+            rule = f"a phase's batch of {phase.batch} does not split over {ranks} ranks. Use {multiples_near(phase.batch, ranks)}."
+            found.append(Clash("warmstart", rule, ("ranks",)))
     return found
 
 

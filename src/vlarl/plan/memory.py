@@ -59,7 +59,7 @@ def estimate(
     rows.append(MemoryRow("rollout", buffer[0], where, int(buffer[1])))
     learning: list[tuple[str, float]] = [buffer, ("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.ranks)]
     learning.append(("weights gathered while learning", _gathered(policy) * compute * 2))
-    microbatch = max(update.microbatch, recipe.warmstart.batch // sizes.ranks if recipe.warmstart else 0)
+    microbatch = max([update.microbatch, *(phase.batch // sizes.ranks for phase in recipe.warmstart)])
     learning.append((f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)))
     if recipe.algorithm.kl_coef > 0 and recipe.policy.lora is None:
         learning.append(("reference policy, sharded", policy.parameters * compute // sizes.ranks))

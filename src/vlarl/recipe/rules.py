@@ -117,8 +117,8 @@ def _update(recipe: Recipe) -> list[Clash]:
         found.append(Clash("update.betas", "both must be below 1: Adam's averages would never move. Use 0.9 and 0.95."))
     if recipe.policy.lora is not None and recipe.policy.lora.targets == ():
         found.append(Clash("policy.lora.targets", "no module is named. Use all-linear, or list some."))
-    if recipe.update.updates == 0 and recipe.warmstart is None:
-        found.append(Clash("update.updates", "nothing to do: no updates, and no `warmstart` section. Set one of them.", ("warmstart",)))
+    if recipe.update.updates == 0 and not recipe.warmstart:
+        found.append(Clash("update.updates", "nothing to do: no updates, and no `warmstart` phases. Set one of them.", ("warmstart",)))
     return found
 
 

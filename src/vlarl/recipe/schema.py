@@ -71,11 +71,13 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Warmstart:
-    """Behaviour cloning on episodes of the simulator's scripted expert, before RL (`vlarl sft` runs this alone)."""
+    """One phase of behaviour cloning on episodes of the simulator's scripted expert, before RL (`vlarl sft` runs the phases alone)."""
 
     __pydantic_config__ = STRICT
     steps: Count
     """Optimiser steps."""
+    tasks: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    """Task families of this phase; null: env.tasks."""
     batch: Count = 64
     learning_rate: Positive = 1.5e-3
     lr_warmup: NonNegative = 100
@@ -252,7 +254,8 @@ class Recipe:
     """A rank that reports nothing for so long ends the run."""
     env: Env = field(default_factory=Env)
     policy: Policy
-    warmstart: Warmstart | None = None
+    warmstart: tuple[Warmstart, ...] = ()
+    """Phases of cloning, in order; each with a fresh optimiser and episodes of its own."""
     algorithm: Ppo | Grpo = field(default_factory=Ppo)
     rollout: Rollout = field(default_factory=Rollout)
     update: Update = field(default_factory=Update)

@@ -4,31 +4,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vlarl.distributed.fsdp import acting
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
-from vlarl.errors import PlanError
 from vlarl.evaluation.report import result_table
-from vlarl.learner.optim import build_cloning_optimizers
-from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone
-from vlarl.metrics.sinks import MetricsWriter
 from vlarl.metrics.status import write_status
-from vlarl.policies.base import VLAPolicy
-from vlarl.policies.checkpoint import save_policy
 from vlarl.policies.layout import resolve_folder
-from vlarl.recipe.schema import Warmstart
-from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
 from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
 from vlarl.worker.loop import train
 from vlarl.worker.progress import Progress
-from vlarl.worker.setup import build_env, build_policy, build_trainer, shard_policy
+from vlarl.worker.setup import build_policy, build_trainer, shard_policy
+from vlarl.worker.warmstart import warm_start
 
 DEMONSTRATION_SLOTS = 128  # over all ranks
 
@@ -54,11 +44,11 @@ def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) 
 def train_job(run: Context, resume: bool) -> None:
     """Warm start if the recipe has one, then RL."""
     policy = build_policy(run, trainable=True)
-    if run.recipe.warmstart is not None and not resume:
+    if run.recipe.warmstart and not resume:
         warm_start(run, policy)
     reference = None
     if run.recipe.algorithm.kl_coef > 0:
-        cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart is not None else None
+        cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart else None
         reference = shard_policy(run, build_policy(run, trainable=False, source=cloned))
     trainer = build_trainer(run, shard_policy(run, policy), reference)
     progress = train(run, trainer, resume)
@@ -79,65 +69,6 @@ def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
     if run.world.is_main:
         _write(run.run_dir / "eval.json", reports)
     _finish(run, {"table": result_table(reports), "notes": [f"Every episode: {run.run_dir / 'eval.json'}"]})
-
-
-def warm_start(run: Context, policy: VLAPolicy) -> None:
-    """Clone the simulator's expert into `policy`; the result is kept in the run folder's warmstart/."""
-    settings = run.recipe.warmstart
-    assert settings is not None
-    world, env = run.world, run.recipe.env
-    local = DEMONSTRATION_SLOTS // world.world_size
-    schedule = TrainingSchedule(run.recipe.seed, DEMONSTRATION_SLOTS, len(env.tasks), 1)
-    first = world.rank * local
-    feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
-    optimizers = build_cloning_optimizers(policy.module, settings.learning_rate, settings.weight_decay)
-    simulator = build_env(run, local)
-    if not isinstance(simulator, ExpertEnv):
-        raise PlanError(f"warmstart: the simulator {env.simulator} has no scripted expert.", "Start from a supervised checkpoint.")
-    pool = DemonstrationPool(simulator, feed, policy, settings, local, settings.pool // world.world_size, run.recipe.seed + world.rank)
-    folder = run.run_dir / "warmstart"
-    folder.mkdir(exist_ok=True)
-    sinks = MetricsWriter(folder, run.recipe.log.tensorboard, False, None) if world.is_main else None
-    started = time.perf_counter()
-
-    def report(at: SftProgress) -> None:
-        run.heartbeat.beat("warm start")
-        if sinks is None:
-            return
-        seconds = time.perf_counter() - started
-        row = {"sft/loss": at.loss, "sft/accuracy": at.accuracy, "sft/error_bins": at.error, "sft/samples": at.step * settings.batch}
-        sinks.write(at.step, row | {"time/minutes": seconds / 60})
-        write_status(
-            run.run_dir,
-            phase="warm start",
-            update=at.step,
-            updates=settings.steps,
-            frames_per_second=at.step * settings.batch / seconds,
-            eta_seconds=seconds / at.step * (settings.steps - at.step),
-            line=f"loss {at.loss:.3f}, {at.error:.1f} bins from the expert",
-        )
-
-    clone(policy, optimizers, pool, settings, world, report)
-    if sinks is not None:
-        sinks.close()
-        save_policy(folder, policy, policy.module.state_dict())
-        _write(folder / "provenance.json", _provenance(run, settings, time.perf_counter() - started))
-    barrier(world, "warm start")
-
-
-class _Offset:
-    """A feed for a simulator whose slots count from 0."""
-
-    def __init__(self, feed: TrainingFeed, first: int) -> None:
-        self._feed, self._first = feed, first
-
-    def next(self, slot: int) -> Any:
-        return self._feed.next(self._first + slot)
-
-
-def _provenance(run: Context, settings: Warmstart, seconds: float) -> dict[str, Any]:
-    facts = {"recipe": run.recipe.name, "seed": run.recipe.seed, "steps": settings.steps}
-    return facts | {"minutes": round(seconds / 60, 1), "torch": torch.__version__}
 
 
 def _training_result(run: Context, progress: Progress) -> dict[str, Any]:

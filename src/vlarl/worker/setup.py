@@ -56,12 +56,12 @@ def build_optimizer_for(run: Context, policy: VLAPolicy) -> torch.optim.Optimize
     return build_optimizer(policy.module, u.learning_rate, u.value_learning_rate, u.betas, u.eps, u.weight_decay)
 
 
-def build_env(run: Context, slots: int, variation: str | None = None) -> BatchedEnv:
-    """One simulator of `slots` slots. variation: None for the recipe's."""
+def build_env(run: Context, slots: int, variation: str | None = None, tasks: tuple[str, ...] | None = None) -> BatchedEnv:
+    """One simulator of `slots` slots. variation, tasks: None for the recipe's."""
     e: Env = run.recipe.env
     return simulator_class(e.simulator)(
         num_slots=slots,
-        tasks=e.tasks,
+        tasks=tasks or e.tasks,
         variation=variation or e.variation,
         horizon=e.horizon,
         image_size=e.image_size,

@@ -1,0 +1,106 @@
+"""Owns the warm start on worker ranks: the recipe's phases of cloning one after another, their record, and the policy folder they leave."""
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from vlarl.distributed.reduce import barrier
+from vlarl.envs.spec import EpisodeSpec
+from vlarl.errors import PlanError
+from vlarl.learner.optim import build_cloning_optimizers
+from vlarl.learner.sft import DemonstrationPool, ExpertEnv, SftProgress, clone
+from vlarl.metrics.sinks import MetricsWriter
+from vlarl.metrics.status import write_status
+from vlarl.policies.base import VLAPolicy
+from vlarl.policies.checkpoint import save_policy
+from vlarl.recipe.schema import Warmstart
+from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
+from vlarl.worker.context import Context
+from vlarl.worker.setup import build_env
+
+DEMONSTRATION_SLOTS = 128  # over all ranks
+
+
+def warm_start(run: Context, policy: VLAPolicy) -> None:
+    """Clone the simulator's expert into `policy` (whole, not sharded yet); result and record are kept in the run folder's warmstart/."""
+    folder = run.run_dir / "warmstart"
+    folder.mkdir(exist_ok=True)
+    record = _Record(run, MetricsWriter(folder, run.recipe.log.tensorboard, False, None) if run.world.is_main else None)
+    for number, phase in enumerate(run.recipe.warmstart):
+        optimizers = build_cloning_optimizers(policy.module, phase.learning_rate, phase.weight_decay)
+        clone(policy, optimizers, _demonstrations(run, policy, phase, run.recipe.seed + number), phase, run.world, record.report)
+        record.end_phase(phase)
+    if record.sinks is not None:
+        record.sinks.close()
+        save_policy(folder, policy, policy.module.state_dict())
+        (folder / "provenance.json").write_text(json.dumps(record.provenance(), indent=1), encoding="utf-8")
+    barrier(run.world, "warm start")
+
+
+def _demonstrations(run: Context, policy: VLAPolicy, phase: Warmstart, seed: int) -> DemonstrationPool:
+    """This rank's share of the slots in which the expert plays."""
+    ranks, tasks = run.world.world_size, phase.tasks or run.recipe.env.tasks
+    local = DEMONSTRATION_SLOTS // ranks
+    first = run.world.rank * local
+    schedule = TrainingSchedule(seed, DEMONSTRATION_SLOTS, len(tasks), 1)
+    simulator = build_env(run, local, tasks=tasks)
+    if not isinstance(simulator, ExpertEnv):
+        simulator_name = run.recipe.env.simulator
+        raise PlanError(f"warmstart: the simulator {simulator_name} has no scripted expert.", "Start from a supervised checkpoint.")
+    feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
+    return DemonstrationPool(simulator, feed, policy, phase, local, phase.pool // ranks, seed + run.world.rank)
+
+
+class _Offset:
+    """A feed for a simulator whose slots count from 0."""
+
+    def __init__(self, feed: TrainingFeed, first: int) -> None:
+        self._feed, self._first = feed, first
+
+    def next(self, slot: int) -> EpisodeSpec | None:
+        return self._feed.next(self._first + slot)
+
+
+class _Record:
+    """What is told and kept while cloning; steps and samples count over all phases. Only rank 0 has sinks."""
+
+    def __init__(self, run: Context, sinks: MetricsWriter | None) -> None:
+        self.sinks = sinks
+        self._run = run
+        self._total = sum(phase.steps for phase in run.recipe.warmstart)
+        self._started = time.perf_counter()
+        self._phase = 0
+        self._steps, self._samples = 0, 0
+
+    def report(self, at: SftProgress) -> None:
+        """After some steps of the present phase."""
+        self._run.heartbeat.beat("warm start")
+        if self.sinks is None:
+            return
+        seconds, batch = time.perf_counter() - self._started, self._run.recipe.warmstart[self._phase].batch
+        step, samples = self._steps + at.step, self._samples + at.step * batch
+        row = {"sft/loss": at.loss, "sft/accuracy": at.accuracy, "sft/error_bins": at.error}
+        self.sinks.write(step, row | {"sft/samples": samples, "sft/phase": self._phase, "time/minutes": seconds / 60})
+        write_status(
+            self._run.run_dir,
+            phase="warm start",
+            update=step,
+            updates=self._total,
+            frames_per_second=samples / seconds,
+            eta_seconds=seconds / step * (self._total - step),
+            line=f"phase {self._phase + 1}: loss {at.loss:.3f}, {at.error:.1f} bins from the expert",
+        )
+
+    def end_phase(self, phase: Warmstart) -> None:
+        """The present phase is done."""
+        self._phase += 1
+        self._steps += phase.steps
+        self._samples += phase.steps * phase.batch
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from."""
+        facts = {"recipe": self._run.recipe.name, "seed": self._run.recipe.seed, "steps": self._steps, "samples": self._samples}
+        return facts | {"minutes": round((time.perf_counter() - self._started) / 60, 1), "torch": torch.__version__}
