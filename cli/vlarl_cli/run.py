@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlarl.distributed.manifest import latest
@@ -49,6 +49,8 @@ def make_plan(loaded: LoadedRecipe, job: Job, cluster: Cluster | None = None) ->
 
 def start(loaded: LoadedRecipe, launch: Launch) -> int:
     """Run a job in a new run folder. Returns the exit code."""
+    if launch.in_process and loaded.recipe.ranks is None:
+        loaded = replace(loaded, recipe=replace(loaded.recipe, ranks=1))
     recipe = loaded.recipe
     if launch.job == "sft" and not recipe.warmstart:
         rule = "warmstart: required for `vlarl sft`, and not given. Add a list of phases, such as `warmstart: [{steps: 5000}]`."

@@ -12,7 +12,7 @@ from vlarl import serial
 from vlarl.envs.spec import EnvSpec
 from vlarl.errors import PlanError
 from vlarl.plan.cluster import Cluster
-from vlarl.plan.compile import compile_plan
+from vlarl.plan.compile import compile_plan, rank_count
 from vlarl.plan.memory import checkpoint_bytes, phase_bytes
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.specs import simulator_spec
@@ -36,6 +36,16 @@ def with_(recipe: Recipe = RECIPE, **changes: Any) -> Recipe:
     return replace(recipe, **changes)
 
 
+@pytest.mark.parametrize(
+    ("cores", "parallel", "algorithm", "ranks"),
+    [(2, 128, Ppo(), 2), (1, 128, Ppo(), 1), (6, 128, Ppo(), 4), (64, 128, Ppo(), 8), (8, 6, Ppo(), 2), (8, 48, Grpo(group_size=8), 2)],
+)
+def test_a_cpu_is_shared_out_among_ranks(cores: int, parallel: int, algorithm: Ppo | Grpo, ranks: int) -> None:
+    """The largest of 1, 2, 4, 8 within the cores that splits the slots, groups whole."""
+    recipe = with_(env=Env(parallel=parallel), algorithm=algorithm)
+    assert rank_count(recipe, replace(LAPTOP, cores=cores)) == ranks
+
+
 def test_ppo_arithmetic() -> None:
     plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
     # 64 slots x 12 chunks = 768 samples; 4 minibatches of 192; a rank has 32 slots x 3 chunks = 96 of each, one pass of at most 128.
@@ -49,7 +59,7 @@ def test_ppo_arithmetic() -> None:
 
 
 def test_a_slots_chunks_that_do_not_divide_are_rounded_up_per_slot() -> None:
-    plan = compile_plan(with_(update=Update(minibatches=5, microbatch=50)), LAPTOP, POLICY, ENV)
+    plan = compile_plan(with_(update=Update(minibatches=5, microbatch=50), ranks=1), LAPTOP, POLICY, ENV)
     # 12 chunks in 5 parts: at most 3 of a slot; 64 x 3 = 192 samples in passes of 50 -> 4.
     assert plan.update.minibatch_samples == 154  # ceil(768 / 5)
     assert plan.update.accumulation == 4
@@ -86,7 +96,7 @@ def test_gpus_and_nodes() -> None:
         ({"placement": Placement(mode="hybrid")}, {}, "this version of vlarl runs collocated placements only"),
         ({"threads": 9}, {}, "want 9 cores and there are 8"),
         ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
-        ({"update": Update(minibatches=769)}, {}, "Use at most 768."),
+        ({"update": Update(minibatches=769), "ranks": 1}, {}, "Use at most 768."),
         ({"warmstart": (Warmstart(steps=1, batch=3),), "ranks": 2}, {}, "a phase's batch of 3 does not split over 2 ranks."),
         ({}, {"action_dim": 14}, "it emits 14 numbers per action and tabletop takes 7"),
         ({}, {"views": 2}, "Set env.wrist_camera to true."),

@@ -16,6 +16,7 @@ from vlarl.recipe.schema import Grpo, Ppo, Recipe
 
 MEMORY_MARGIN = 0.92  # share of a device that may be planned for; the rest is fragmentation
 ROLES = ("env", "rollout", "learner")
+CPU_RANKS = (1, 2, 4, 8)  # rank counts chosen from on a machine without a GPU
 
 
 def compile_plan(
@@ -57,8 +58,18 @@ def compile_plan(
 
 
 def rank_count(recipe: Recipe, cluster: Cluster) -> int:
-    """Processes over all nodes: as the recipe says, else one per GPU, else one."""
-    return recipe.ranks or cluster.nodes * max(1, cluster.devices_per_node)
+    """Processes over all nodes: as the recipe says, else one per GPU, else (on a CPU) as many as share the cores best.
+
+    On a CPU: the largest power of two up to the cores and CPU_RANKS that splits the slots evenly. Small policies are made of small
+    operations, which threads speed up less than ranks do.
+    """
+    if recipe.ranks is not None:
+        return recipe.ranks
+    if cluster.device == "cuda":
+        return cluster.nodes * max(1, cluster.devices_per_node)
+    whole = recipe.placement.stages * (recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) else 1)
+    fitting = [r for r in CPU_RANKS if r * (recipe.threads or 1) <= cluster.cores and recipe.env.parallel % (r * whole) == 0]
+    return cluster.nodes * max(fitting, default=1)
 
 
 def compute_dtype(recipe: Recipe, cluster: Cluster) -> Literal["float32", "float64", "bfloat16"]:
