@@ -14,9 +14,9 @@ from vlarl.recipe.schema import Placement
 
 RATIOS = ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3))  # env to rollout ranks
 LEARNER_SHARES = ((1, 2), (1, 4), (3, 4))  # of a disaggregated placement's ranks
+MODES = ("collocated", "hybrid", "disaggregated")
 STAGES = (1, 2, 4)
-SIMPLER = {"collocated": 0, "hybrid": 1, "disaggregated": 2}
-TIE = 0.01  # a simpler placement is taken as long as it is no slower than this
+TIE = 0.01  # a simpler placement is taken as long as it is no slower than this; MODES begins with the simplest
 ON_DEVICE = ("tabletop",)  # simulators that run on the GPU, in the rank's own process
 
 Build = Callable[[Placement], PlacementPlan]
@@ -42,16 +42,16 @@ def label(placement: Placement) -> str:
     return f"{placement.mode}{f' {split}' if split else ''}, {placement.stages} stage{'s' if placement.stages > 1 else ''}"
 
 
-def candidates(ranks: int, modes: tuple[str, ...] = tuple(SIMPLER), stages: tuple[int, ...] = STAGES) -> list[Placement]:
-    """Placements worth comparing on so many ranks. A rank that simulates and acts does one at a time, so stages do nothing for it."""
+def candidates(ranks: int, modes: tuple[str, ...] = MODES, stages: tuple[int, ...] = STAGES) -> list[Placement]:
+    """Placements worth comparing on so many ranks; even splits first."""
     found: list[Placement] = []
     if "collocated" in modes:
-        found += [Placement(mode="collocated", stages=k) for k in ((1,) if 1 in stages else stages)]
+        found += [Placement(mode="collocated", stages=k) for k in stages]
     if "hybrid" in modes and ranks >= 2:
         found += [Placement(mode="hybrid", stages=k, env=e, rollout=r) for e, r in splits(ranks) for k in stages]
     if "disaggregated" in modes and ranks >= 3:
-        learners = {max(1, ranks * a // b) for a, b in LEARNER_SHARES}
-        for learner in sorted(n for n in learners if ranks - n >= 2):
+        learners = dict.fromkeys(max(1, ranks * a // b) for a, b in LEARNER_SHARES)
+        for learner in (n for n in learners if ranks - n >= 2):
             for e, r in splits(ranks - learner):
                 found += [Placement(mode="disaggregated", stages=k, env=e, rollout=r, learner=learner) for k in stages]
     return found
@@ -63,31 +63,31 @@ def splits(ranks: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys(even)) or [(ranks // 2, ranks - ranks // 2)]
 
 
-def compare(placements: list[Placement], build: Build, profile: Profile, actions_per_chunk: int) -> list[Candidate]:
+def compare(placements: list[Placement], build: Build, profile: Profile) -> list[Candidate]:
     """Predictions, fastest first; among near-equals the simpler placement first. What cannot be built comes last, with the reason."""
     rows = []
     for placement in placements:
         try:
-            rows.append(Candidate(placement, predict(build(placement), profile, actions_per_chunk)))
+            rows.append(Candidate(placement, predict(build(placement), profile)))
         except PlanError as problem:
             rows.append(Candidate(placement, None, problem.message))
     fine = sorted((row for row in rows if row.prediction), key=_speed, reverse=True)
     if fine:
         close = [row for row in fine if _speed(row) >= (1 - TIE) * _speed(fine[0])]
-        first = min(close, key=lambda row: (SIMPLER[row.placement.mode], row.placement.stages))
+        first = min(close, key=lambda row: (MODES.index(row.placement.mode), row.placement.stages))
         fine = [first] + [row for row in fine if row is not first]
     return fine + [row for row in rows if row.prediction is None]
 
 
-def choose(ranks: int, wanted: Placement, build: Build, profile: Profile, actions_per_chunk: int) -> tuple[Placement, str]:
+def choose(ranks: int, wanted: Placement, build: Build, profile: Profile) -> tuple[Placement, str]:
     """The placement predicted to be fastest, and why. """
     stages = STAGES if wanted.stages == 1 else (wanted.stages,)
-    rows = compare(candidates(ranks, stages=stages), build, profile, actions_per_chunk)
+    rows = compare(candidates(ranks, stages=stages), build, profile)
     best = rows[0]
     if best.prediction is None:  # nothing can be built; the simplest placement says why
         return Placement(mode="collocated", stages=wanted.stages), best.refusal
     others = []
-    for mode in SIMPLER:
+    for mode in MODES:
         rival = next((row for row in rows if row.placement.mode == mode and row is not best and row.prediction), None)
         if rival is not None and mode != best.placement.mode:
             others.append(f"{_speed(rival):,.0f} with {rival.label}")

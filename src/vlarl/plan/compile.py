@@ -34,6 +34,12 @@ def compile_plan(
 
     origins: dotted field -> where it was written, for the messages. profile: costs that mode auto chooses by.
     """
+    if profile is not None and profile.actions_per_chunk != policy.chunk:
+        raise PlanError(
+            f"placement.profile: {profile.name} holds costs of {profile.actions_per_chunk} actions per forward pass, and the policy "
+            f"{recipe.policy.checkpoint} emits {policy.chunk}.",
+            "Measure a profile of this recipe with `vlarl bench-placement --write-profile`, or choose a mode.",
+        )
     recipe, reason = _with_mode(recipe, cluster, policy, env, job, profile)
     ranks = rank_count(recipe, cluster)
     roles, clashes = assign(recipe.placement, ranks, cluster.nodes)
@@ -94,7 +100,6 @@ def _with_mode(
         wanted,
         lambda tried: compile_plan(replace(recipe, placement=tried), cluster, policy, env, job),
         profile,
-        policy.chunk,
     )
     return replace(recipe, placement=placement), reason
 
@@ -308,7 +313,7 @@ def _kinds_of_ranks(ranks: tuple[RankPlan, ...], roles: Roles, dtype: str, clust
     sizes = []
     for members in kinds.values():
         most = [max(held[1] - held[0] for held in part) for part in zip(*map(_held, members), strict=True)]
-        name = "every rank" if len(kinds) == 1 else f"{', '.join(members[0].roles)}: {_ranges_text([m.rank for m in members])}"
+        name = "every rank" if len(kinds) == 1 else f"{', '.join(members[0].roles)} ({_ranges_text([m.rank for m in members])})"
         sizes.append(Sizes(len(roles.learner), most[0], most[1], most[2], dtype, cluster.device, name))
     return sizes
 

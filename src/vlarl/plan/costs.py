@@ -36,8 +36,8 @@ class Prediction:
         return self.frames / self.seconds
 
 
-def predict(plan: PlacementPlan, profile: Profile, actions_per_chunk: int) -> Prediction:
-    """Simulate one iteration of `plan` in which every device costs what `profile` says. actions_per_chunk: of the plan's policy."""
+def predict(plan: PlacementPlan, profile: Profile) -> Prediction:
+    """Simulate one iteration of `plan` in which every device costs what `profile` says; frames are counted by the profile's chunks."""
     clock = simulate_rollout(plan, profile)
     chunks, epochs = _chunk_steps(plan), plan.update.epochs
     learning = {
@@ -50,7 +50,7 @@ def predict(plan: PlacementPlan, profile: Profile, actions_per_chunk: int) -> Pr
     env, act = max(clock.env.values()), max(clock.act.values())
     busy = [clock.env[r.rank] + clock.act[r.rank] + learning.get(r.rank, 0.0) for r in plan.ranks]
     return Prediction(
-        frames=plan.rollout.parallel * chunks * actions_per_chunk,
+        frames=plan.rollout.parallel * chunks * profile.actions_per_chunk,
         seconds=seconds,
         rollout_seconds=clock.end,
         update_seconds=update,

@@ -57,6 +57,19 @@ class Profile:
         return at(self.message_seconds, slots)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a rank measures for a profile: the fields of Profile that depend on the machine. notes: how, in a sentence."""
+
+    device: str
+    notes: str
+    env_seconds: Curve
+    act_seconds: Curve
+    update_seconds: Curve
+    sync_seconds: float
+    message_seconds: Curve
+
+
 def at(curve: Curve, size: float) -> float:
     """Seconds at a size: linear between points; the first point's below it; on beyond the last; 0 where there is nothing to do."""
     if size <= 0:
