@@ -89,11 +89,6 @@ def _with_mode(
     ranks = rank_count(recipe, cluster)
     if profile is None or ranks == 1:
         placement, reason = rule_of_thumb(ranks, wanted, env.name, cluster.device, policy.chunk)
-        group = recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) else 1
-        roles, _ = assign(placement, ranks, cluster.nodes)
-        if placement.mode != "collocated" and (roles is None or not slots_fit(roles, recipe.env.parallel, placement.stages, group)):
-            placement = replace(wanted, mode="collocated", profile=None)
-            reason = f"collocated: {recipe.env.parallel} parallel episodes do not split over halves of the ranks"
         return replace(recipe, placement=placement), reason
     placement, reason = choose(
         ranks,
