@@ -131,6 +131,13 @@ def test_grpo_has_no_last_look() -> None:
     assert (p.env_seconds, p.act_seconds, p.rollout_seconds) == (24.0, 36.0, 60.0)
 
 
+def test_last_frames_are_looked_at_where_episodes_end() -> None:
+    long = replace(RECIPE, algorithm=Ppo(chunks_per_update=13))
+    p = predict(plan_of(48, 1, long, mode="collocated"), replace(PROFILE, act_seconds=per(0.0625)))
+    # 14 looks at 48 slots; the one after the 12th chunk also at the 48 last frames: 15 x 3 s.
+    assert p.act_seconds == pytest.approx(45.0)
+
+
 def test_epochs() -> None:
     twice = replace(SHORT, update=Update(minibatches=4, epochs=2))
     assert predict(plan_of(48, 2, twice, mode="collocated"), PROFILE).update_seconds == pytest.approx(1.44)

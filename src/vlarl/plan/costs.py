@@ -2,7 +2,8 @@
 
 What is simulated is what ranks do: env and rollout ranks take the stages in the same fixed order; a rollout rank acts on a stage once
 all env ranks of it have delivered, an env rank simulates it once all actions are back; a rank does one thing at a time.
-Not modelled: episodes that end before the horizon, trajectories on their way to the learners, gathering weights where the actors learn.
+Episodes are taken to begin together and to last until the horizon; a critic then looks at their last frames as well.
+Not modelled: episodes that end earlier, trajectories on their way to the learners, gathering weights where the actors learn.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def simulate_rollout(plan: PlacementPlan, profile: Profile) -> Clock:
     seen: dict[tuple[int, int], float] = defaultdict(float)  # (stage, env rank) -> when its observations were ready
     chosen: dict[tuple[int, int], float] = {}  # (stage, rollout rank) -> when its actions were
     for t in range(steps + 1):
+        frames = 2 if critic and t > 0 and t % plan.rollout.chunks_per_episode == 0 else 1
         for s, parts in enumerate(stages):
             if t > 0:
                 for rank, slots in by_env[s].items():
@@ -97,7 +99,7 @@ def simulate_rollout(plan: PlacementPlan, profile: Profile) -> Clock:
             if t < steps or critic:
                 for rank, slots in by_rollout[s].items():
                     came = max(seen[s, p.env_rank] + _travel(p, profile) for p in parts if p.rollout_rank == rank)
-                    chosen[s, rank] = clock.work(rank, came, profile.act(slots), clock.act)
+                    chosen[s, rank] = clock.work(rank, came, profile.act(frames * slots), clock.act)
     return clock
 
 
