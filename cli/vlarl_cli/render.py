@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group
@@ -120,7 +121,8 @@ def bench_table(rows: list[dict[str, Any]], title: str) -> None:
         cells.append(f"{row['overlap_efficiency']:.0%}")
         predicted = row["predicted_frames_per_second"]
         expected = f"{predicted:,.0f} ({row['frames_per_second'] / predicted - 1:+.0%})" if predicted else "-"
-        idle = " ".join(f"{share:.0%}" for share in row["idle"][:RANKS_SHOWN]) + (" ..." if len(row["idle"]) > RANKS_SHOWN else "")
+        runs = [(share, len(list(same))) for share, same in groupby(f"{share:.0%}" for share in row["idle"])]
+        idle = ", ".join(f"{count} x {share}" if count > 1 else share for share, count in runs[:RANKS_SHOWN])
         over = row["speedup_over_disaggregated"]
         ratios = (f"{over:.2f}x" if over else "-", f"{row['speedup_over_slowest']:.2f}x")
         table.add_row(row["label"], f"{row['frames_per_second']:,.0f}", expected, *cells, idle, *ratios)
