@@ -98,7 +98,7 @@ def test_hybrid_spreads_over_nodes_so_that_frames_stay_on_theirs() -> None:
 def test_numbers_for_every_role_make_the_ranks_on_a_cpu() -> None:
     assert len(plan_of(mode="hybrid", env=1, rollout=3).ranks) == 4
     assert len(plan_of(mode="disaggregated", env="0-1", rollout=1, learner=2).ranks) == 5
-    assert "needs at least 3 ranks, one per role, and there is 1" in refusal(mode="disaggregated", env=1)
+    assert "needs at least 3 ranks, one per role, and there is 1" in refusal(mode="disaggregated", env=1, ranks=1)
 
 
 @pytest.mark.parametrize(("env", "rollout"), [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 3), (4, 4)])
@@ -193,7 +193,7 @@ def test_rule_of_thumb() -> None:
     assert "rule of thumb" in hybrid.reason
     assert compile_plan(RECIPE, gpus, POLICY, ENV).mode == "collocated"  # chunks
     assert compile_plan(replace(RECIPE, ranks=8), Cluster(cores=8), stepwise, ENV).mode == "collocated"  # simulation on the CPU
-    assert plan_of(mode="auto").reason.startswith("collocated: a single rank does everything")
+    assert plan_of(mode="auto", ranks=1).reason.startswith("collocated: a single rank does everything")
 
 
 def test_memory_is_told_per_kind_of_rank() -> None:
