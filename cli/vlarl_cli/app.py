@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlarl.errors import VlarlError
+
+if TYPE_CHECKING:
+    from vlarl_cli.run import Nodes
 
 app = typer.Typer(
     name="vlarl",
@@ -61,11 +65,23 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="One rank in this process, for breakpoints.")] = False,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines; run the same command on each, with --out on a disk they all see.")] = 1,
+    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: node 0, any free port.")] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, envvar="SLURM_NODEID", help="Which of the machines this is; 0 makes the run folder.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print an sbatch file for this command, and start nothing.")] = False,
 ) -> None:
     """Train a policy as the recipe says: warm start if it has one, then reinforcement learning."""
     from vlarl_cli import run
 
     changes = list(overrides or [])
+    if nnodes > 1 and resume is not None:
+        raise typer.BadParameter("--resume goes on on one machine; leave --nnodes away.")
+    if slurm and recipe is not None:
+        typer.echo(run.slurm_file(recipe, changes, nnodes), nl=False)
+        return
+    nodes = _nodes(nnodes, rdzv_endpoint, node_rank, out)
     if resume is not None:
         if out is not None:
             raise typer.BadParameter("--resume goes on in the run's own folder; leave --out away.")
@@ -79,7 +95,22 @@ def train(
     if dry_run:
         plan(recipe, changes)
         return
-    raise typer.Exit(run.start(run.load(recipe, changes), run.Launch("train", out, in_process=in_process)))
+    raise typer.Exit(run.start(run.load(recipe, changes), run.Launch("train", out, in_process=in_process, nodes=nodes)))
+
+
+def _nodes(count: int, endpoint: str | None, rank: int | None, out: Path | None) -> Nodes | None:
+    """The machines of a run over several; None for one."""
+    from vlarl_cli.run import Nodes
+
+    if count == 1:
+        return None
+    if endpoint is None or out is None or rank is None:
+        raise typer.BadParameter("--nnodes needs --rdzv-endpoint HOST:PORT, --node-rank, and --out DIR on a disk that all machines see.")
+    if not re.fullmatch(r"\S+:\d+", endpoint):
+        raise typer.BadParameter(f"expected HOST:PORT, got {endpoint}.", param_hint="--rdzv-endpoint")
+    if rank >= count:
+        raise typer.BadParameter(f"machines are 0 to {count - 1}, got {rank}.", param_hint="--node-rank")
+    return Nodes(count, endpoint, rank)
 
 
 @app.command()
@@ -89,18 +120,67 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the machine described in this JSON file.")
     ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Compare placements on so many GPUs, here or not; needs --profile.")] = None,
+    profile: Annotated[str | None, typer.Option(metavar="FILE", help="Costs to predict from: a file or a shipped profile.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a recipe would do here: ranks, roles, env slots, batch arithmetic, memory. Starts nothing."""
+    """Show what a recipe would do here: ranks, roles, env slots, batch arithmetic, memory. Starts nothing.
+
+    With --profile, all sensible placements are compared by predicted costs first.
+    """
     from vlarl import serial
     from vlarl.plan.cluster import from_file
-    from vlarl_cli import render, run
+    from vlarl_cli import placements, render, run, shipped
 
-    placement = run.make_plan(run.load(recipe, list(overrides or [])), "train", from_file(cluster) if cluster else None)
+    loaded, there = run.load(recipe, list(overrides or [])), from_file(cluster) if cluster else None
+    if devices is not None and profile is None:
+        raise typer.BadParameter("--devices compares placements by predicted costs; name them with --profile.")
+    if profile is not None:
+        placement = placements.show_comparison(loaded, devices, there, shipped.read_profile(profile), quiet=as_json)
+    else:
+        placement = run.make_plan(loaded, "train", there)
     if as_json:
         typer.echo(serial.dumps(placement), nl=False)
     else:
         render.plan(placement)
+
+
+@app.command("bench-placement")
+def bench_placement(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    modes: Annotated[str, typer.Option(help="With commas: collocated, hybrid, disaggregated.")] = "collocated,hybrid,disaggregated",
+    stages: Annotated[str, typer.Option(help="Numbers of pipelined sub-batches, with commas.")] = "1,2",
+    all_splits: Annotated[bool, typer.Option("--all-splits", help="Every division into env, rollout and learner ranks.")] = False,
+    updates: Annotated[int, typer.Option(min=1, help="Timed updates per placement.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Updates before them that do not count.")] = 1,
+    devices: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: the recipe's, else one per GPU, else 4.")] = None,
+    emulate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Sleep the costs of this profile (a file or a shipped one) instead of computing.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(metavar="FILE", help="Costs to predict from, for real runs.")] = None,
+    write_profile: Annotated[
+        Path | None, typer.Option("--write-profile", metavar="FILE", help="Measure this recipe's costs on one device, and write them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; one that was interrupted goes on.")] = None,
+) -> None:
+    """Run a recipe for a few updates under several placements, and say which is fastest."""
+    from vlarl.plan.choose import MODES
+    from vlarl_cli import bench, run, shipped
+
+    loaded = run.load(recipe, list(overrides or []))
+    if write_profile is not None:
+        raise typer.Exit(bench.write_profile(loaded, write_profile, out))
+    chosen = tuple(dict.fromkeys(m.strip() for m in modes.split(",")))
+    if not set(chosen) <= set(MODES):
+        raise typer.BadParameter(f"expected some of {', '.join(MODES)}.", param_hint="--modes")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", stages.replace(" ", "")):
+        raise typer.BadParameter("expected numbers with commas, such as 1,2,4.", param_hint="--stages")
+    counts = tuple(dict.fromkeys(int(k) for k in stages.split(",")))
+    slept = shipped.read_profile(emulate) if emulate else None
+    costs = shipped.read_profile(profile) if profile else None
+    options = bench.BenchOptions(chosen, counts, all_splits, updates, warmup, devices, slept, costs, out)
+    raise typer.Exit(bench.bench(loaded, options))
 
 
 @app.command()

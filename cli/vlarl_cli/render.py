@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlarl.errors import VlarlError
+from vlarl.plan.choose import Candidate
 from vlarl.plan.memory import phase_bytes
 from vlarl.plan.placement import PlacementPlan
 
@@ -40,30 +42,38 @@ def note(text: str) -> None:
 def plan(placement: PlacementPlan) -> None:
     """Ranks, roles, slots, the batch equation, and the memory estimate of one device."""
     note(f"{placement.name}: {placement.reason}")
-    ranks = Table("rank", "device", "threads", "roles", "env slots", title="ranks", title_justify="left")
+    slots = ("env slots",) if placement.mode == "collocated" else ("env slots", "acts for", "learns from")
+    ranks = Table("rank", "device", "threads", "roles", *slots, title="ranks", title_justify="left")
     for rank in placement.ranks[:RANKS_SHOWN]:
-        first, end = rank.slots
+        held = [_span(part) for part in (rank.slots, rank.policy_slots, rank.sample_slots)][: len(slots)]
         where = rank.device if placement.workers.nnodes == 1 else f"node {rank.node}, {rank.device}"
-        ranks.add_row(str(rank.rank), where, str(rank.threads), ", ".join(rank.roles), f"{first}-{end - 1}")
+        ranks.add_row(str(rank.rank), where, str(rank.threads), ", ".join(rank.roles), *held)
     if len(placement.ranks) > RANKS_SHOWN:
-        ranks.add_row("...", f"{len(placement.ranks) - RANKS_SHOWN} more", "", "", "")
+        ranks.add_row("...", f"{len(placement.ranks) - RANKS_SHOWN} more")
     out.print(ranks)
     stages = f", in {placement.rollout.stages} stages" if placement.rollout.stages > 1 else ""
     note(f"batch: {placement.equation}")
     note(f"mode: {placement.mode}{stages}; dtype: {placement.dtype}; backend: {placement.workers.backend}; seed: {placement.seed}")
-    out.print(_memory_table(placement))
+    for ranks_named in dict.fromkeys(row.ranks for row in placement.memory):
+        out.print(_memory_table(placement, ranks_named))
 
 
-def _memory_table(placement: PlacementPlan) -> Table:
-    table = Table("component", title="memory of one rank, estimated", title_justify="left")
-    phases = list(dict.fromkeys(row.phase for row in placement.memory))
+def _span(slots: tuple[int, int]) -> str:
+    return f"{slots[0]}-{slots[1] - 1}" if slots[0] < slots[1] else "-"
+
+
+def _memory_table(placement: PlacementPlan, ranks: str) -> Table:
+    whose = "one rank" if ranks == "every rank" else f"one rank: {ranks}"
+    table = Table("component", title=f"memory of {whose}, estimated", title_justify="left")
+    rows = [row for row in placement.memory if row.ranks == ranks]
+    phases = list(dict.fromkeys(row.phase for row in rows))
     for phase in phases:
         table.add_column(phase, justify="right")
-    sizes = {(row.component, row.phase): row.bytes for row in placement.memory}
-    for component in dict.fromkeys(row.component for row in placement.memory):
+    sizes = {(row.component, row.phase): row.bytes for row in rows}
+    for component in dict.fromkeys(row.component for row in rows):
         table.add_row(component, *(_size(sizes.get((component, phase))) for phase in phases))
     table.add_section()
-    table.add_row("together", *(_size(phase_bytes(placement.memory, phase)) for phase in phases), style="bold")
+    table.add_row("together", *(_size(phase_bytes(placement.memory, phase, ranks)) for phase in phases), style="bold")
     there = "unknown" if placement.capacity_bytes is None else _size(placement.capacity_bytes)
     table.add_row("there is", *(there for _ in phases))
     return table
@@ -79,6 +89,44 @@ def result(value: dict[str, Any]) -> None:
         out.print(table)
     for line in value.get("notes", []):
         note(str(line))
+
+
+def candidates(rows: list[Candidate], devices: int) -> None:
+    """Predicted iterations of several placements, fastest first."""
+    columns = ("placement", "frames/s", "rollout s", "update s", "sync s", "overlap", "idle: mean", "most", "of the fastest")
+    table = Table(columns[0], title=f"{devices} devices, predicted", title_justify="left")
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    best = max((row.prediction.frames_per_second for row in rows if row.prediction), default=0.0)
+    for row in rows:
+        p = row.prediction
+        if p is None:
+            continue
+        seconds = (f"{value:.2f}" for value in (p.rollout_seconds, p.update_seconds, p.sync_seconds))
+        shares = (f"{value:.0%}" for value in (p.overlap_efficiency, sum(p.idle) / len(p.idle), max(p.idle), p.frames_per_second / best))
+        table.add_row(row.label, f"{p.frames_per_second:,.0f}", *seconds, *shares)
+    out.print(table)
+
+
+def bench_table(rows: list[dict[str, Any]], title: str) -> None:
+    """Measured (or emulated) iterations of several placements, in the order given."""
+    speed = "frames/s (emulated)" if rows[0]["emulated"] else "frames/s"
+    columns = ["placement", speed, "predicted", "rollout s", "update s", "sync s", "overlap", "idle per rank"]
+    columns += ["over disaggregated k=1", "over slowest"]
+    table = Table(columns[0], title=escape(title), title_justify="left")
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row[name]:.2f}" for name in ("rollout_seconds", "update_seconds", "sync_seconds")]
+        cells.append(f"{row['overlap_efficiency']:.0%}")
+        predicted = row["predicted_frames_per_second"]
+        expected = f"{predicted:,.0f} ({row['frames_per_second'] / predicted - 1:+.0%})" if predicted else "-"
+        runs = [(share, len(list(same))) for share, same in groupby(f"{share:.0%}" for share in row["idle"])]
+        idle = ", ".join(f"{count} x {share}" if count > 1 else share for share, count in runs[:RANKS_SHOWN])
+        over = row["speedup_over_disaggregated"]
+        ratios = (f"{over:.2f}x" if over else "-", f"{row['speedup_over_slowest']:.2f}x")
+        table.add_row(row["label"], f"{row['frames_per_second']:,.0f}", expected, *cells, idle, *ratios)
+    out.print(table)
 
 
 def recipe_list(rows: list[tuple[str, str]]) -> None:

@@ -10,18 +10,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlarl.distributed.manifest import latest
-from vlarl.errors import CheckpointError, PlanError, RecipeError, VlarlError, WorkerError
+from vlarl.errors import CheckpointError, MachineError, PlanError, RecipeError, VlarlError, WorkerError
 from vlarl.launch import rundir
 from vlarl.launch.supervisor import supervise
-from vlarl.launch.torchrun import Job, command, rank_env, worker_arguments
+from vlarl.launch.torchrun import command, rank_env, sbatch, worker_arguments
 from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan
-from vlarl.plan.memory import checkpoint_bytes
+from vlarl.plan.memory import Job, checkpoint_bytes
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe, load_with_origins
+from vlarl.recipe.schema import Recipe
 from vlarl_cli import render
-from vlarl_cli.shipped import find_recipe, shipped_recipes
+from vlarl_cli.placements import against_prediction
+from vlarl_cli.shipped import find_recipe, read_profile, shipped_recipes
+
+JOIN_SECONDS = 300.0  # that a node waits for node 0 to make the run folder
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Several machines that run the same command. count: of them. endpoint: HOST:PORT where they meet. rank: of this one; 0 makes the
+    run folder, which all of them see."""
+
+    count: int
+    endpoint: str
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class Launch:
     resume: bool = False
     in_process: bool = False
     variations: tuple[str, ...] = ()
+    nodes: Nodes | None = None
 
 
 def load(name: str, overrides: list[str]) -> LoadedRecipe:
@@ -44,7 +59,8 @@ def make_plan(loaded: LoadedRecipe, job: Job, cluster: Cluster | None = None) ->
     """The plan for this machine, or for another one."""
     recipe = loaded.recipe
     there = cluster or discover(recipe.device)
-    return compile_plan(recipe, there, policy_spec(recipe), simulator_spec(recipe.env), job, loaded.origins)
+    profile = read_profile(recipe.placement.profile) if recipe.placement.profile else None
+    return compile_plan(recipe, there, policy_spec(recipe), simulator_spec(recipe.env), job, loaded.origins, profile)
 
 
 def start(loaded: LoadedRecipe, launch: Launch) -> int:
@@ -55,11 +71,41 @@ def start(loaded: LoadedRecipe, launch: Launch) -> int:
     if launch.job == "sft" and not recipe.warmstart:
         rule = "warmstart: required for `vlarl sft`, and not given. Add a list of phases, such as `warmstart: [{steps: 5000}]`."
         raise RecipeError([rule], recipe.name)
-    plan = make_plan(loaded, launch.job)
+    plan = make_plan(loaded, launch.job, nodes_like_this(recipe.device, launch.nodes))
+    if launch.nodes is not None and launch.nodes.rank > 0:
+        return _follow(_join(launch), plan, recipe, launch)
     out = launch.out or rundir.default_path(recipe.name, time.time())
     needed = 0 if launch.job == "eval" else checkpoint_bytes(recipe, policy_spec(recipe), plan.dtype)
     run = rundir.create(out, recipe, plan, needed)
-    return _follow(run, plan, recipe.stall_seconds, launch)
+    return _follow(run, plan, recipe, launch)
+
+
+def nodes_like_this(device: str, nodes: Nodes | None) -> Cluster | None:
+    """So many machines as this one; None for this one alone."""
+    return None if nodes is None else replace(discover(device), nodes=nodes.count)
+
+
+def _join(launch: Launch) -> rundir.RunDir:
+    """The run folder that node 0 makes, once it is there."""
+    assert launch.out is not None and launch.nodes is not None
+    run, deadline = rundir.RunDir(launch.out.absolute()), time.monotonic() + JOIN_SECONDS
+    while not run.plan.is_file():
+        if time.monotonic() > deadline:
+            raise MachineError(
+                f"{run.path} has not appeared within {JOIN_SECONDS:.0f} s: node 0 makes it.",
+                "Start the same command on node 0, with --out on a file system that all nodes see.",
+            )
+        time.sleep(0.5)
+    if run.result.is_file():
+        raise MachineError(f"The run in {run.path} has ended already.", "Name another folder with --out, on all nodes.")
+    return run
+
+
+def slurm_file(name: str, overrides: list[str], count: int) -> str:
+    """The sbatch file of a training run on `count` machines, planned for machines like this one."""
+    loaded = load(name, overrides)
+    plan = make_plan(loaded, "train", replace(discover(loaded.recipe.device), nodes=count))
+    return sbatch(plan, loaded.recipe.name, (name, *overrides))
 
 
 def resume(run_path: Path, overrides: list[str], launch: Launch) -> int:
@@ -75,7 +121,7 @@ def resume(run_path: Path, overrides: list[str], launch: Launch) -> int:
     plan = make_plan(loaded, launch.job)
     rundir.check_space(run_path, rundir.LOG_BYTES)
     run = rundir.reopen(run_path, loaded.recipe, plan)
-    return _follow(run, plan, loaded.recipe.stall_seconds, launch)
+    return _follow(run, plan, loaded.recipe, launch)
 
 
 def _policy_override(run_path: Path, newest: Path) -> list[str]:
@@ -86,17 +132,18 @@ def _policy_override(run_path: Path, newest: Path) -> list[str]:
     return [f"policy.checkpoint={json.dumps(str(newest / 'policy'))}"]
 
 
-def _follow(run: rundir.RunDir, plan: PlacementPlan, stall_seconds: float, launch: Launch) -> int:
+def _follow(run: rundir.RunDir, plan: PlacementPlan, recipe: Recipe, launch: Launch) -> int:
     arguments = worker_arguments(run.path, launch.job, launch.resume, launch.variations)
     render.note(f"{plan.name}: {plan.reason}")
     render.note(f"batch: {plan.equation}" if launch.job == "train" else f"job: {launch.job}")
     render.note(f"run folder: {run.path}")
     if launch.in_process:
         return _in_process(run, plan, arguments)
-    torchrun = command(plan, run.path, arguments, os.environ, os.getpid())
+    endpoint = launch.nodes.endpoint if launch.nodes else None
+    torchrun = command(plan, run.path, arguments, os.environ, os.getpid(), endpoint)
     try:
         with render.progress() as on_progress:
-            stopped = supervise(torchrun, run, len(plan.ranks), stall_seconds, on_progress)
+            stopped = supervise(torchrun, run, len(plan.ranks), recipe.stall_seconds, on_progress)
     except VlarlError:
         _offer_resume(run, launch)
         raise
@@ -104,7 +151,12 @@ def _follow(run: rundir.RunDir, plan: PlacementPlan, stall_seconds: float, launc
         render.note(f"Stopped by {stopped.name}; nothing is left running.")
         _offer_resume(run, launch)
         return 128 + stopped.value
-    return _print_result(run)
+    if launch.nodes is not None and launch.nodes.rank > 0:
+        return 0
+    code = _print_result(run)
+    if launch.job == "train" and recipe.placement.profile:
+        render.note(against_prediction(plan, read_profile(recipe.placement.profile), run.path))
+    return code
 
 
 def _in_process(run: rundir.RunDir, plan: PlacementPlan, arguments: tuple[str, ...]) -> int:

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,8 +31,13 @@ def cpu_plan(ranks: int) -> PlacementPlan:
 
 def run_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     """`body(world, *args)` on each of `ranks` ranks; the results in rank order. A rank's failure fails the test with its traceback."""
+    return run_processes(ranks, _in_a_world, ranks, body, args)
+
+
+def run_processes(ranks: int, body: Callable[..., Any], *args: Any, seconds: float = DEADLINE_SECONDS) -> list[Any]:
+    """The same for `body(*args)`, which joins a world of its own if it wants to. seconds: how long it may take."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vlarl.worker.jobs"])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_SECONDS))
     pipes, processes = [], []
     for rank in range(ranks):
@@ -41,7 +48,7 @@ def run_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
         pipes.append(receiver)
         processes.append(process)
     try:
-        results = [_receive(pipe, rank) for rank, pipe in enumerate(pipes)]
+        results = _receive_all(pipes, seconds)
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -49,11 +56,19 @@ def run_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     return results
 
 
-def _receive(pipe: Any, rank: int) -> Any:
-    assert pipe.poll(DEADLINE_SECONDS), f"rank {rank} did not finish within {DEADLINE_SECONDS} s"
-    ok, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-    assert ok, f"rank {rank}:\n{value}"
-    return value
+def _receive_all(pipes: list[Any], seconds: float) -> list[Any]:
+    """Results in rank order; the first failure in time is the one to show."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + seconds
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {[r for r in range(len(pipes)) if r not in results]} did not finish within {seconds} s"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            ok, results[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)  # type: ignore[union-attr]
+            assert ok, f"rank {rank}:\n{results[rank]}"
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _rank_main(sender: Any, rank: int, ranks: int, port: int, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -61,14 +76,19 @@ def _rank_main(sender: Any, rank: int, ranks: int, port: int, body: Callable[...
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        world = mesh.init_world(cpu_plan(ranks), timeout_seconds=DEADLINE_SECONDS)
-        outcome = (True, body(world, *args))
-        mesh.shutdown()
+        outcome = (True, body(*args))
     except BaseException:
         outcome = (False, traceback.format_exc())
     packed = io.BytesIO()  # by value: torch's own pickling shares memory, which ends with this process
     torch.save(outcome, packed)
     sender.send_bytes(packed.getvalue())
+
+
+def _in_a_world(ranks: int, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    world = mesh.init_world(cpu_plan(ranks), timeout_seconds=DEADLINE_SECONDS)
+    result = body(world, *args)
+    mesh.shutdown()
+    return result
 
 
 class ToyPolicy(nn.Module):

@@ -126,6 +126,33 @@ def test_train_prints_progress_and_the_result(vlarl: Vlarl, supervised: list[tup
     assert supervised[0][-4:] == ("--run-dir", str(tmp_path / "here"), "--job", "train")
 
 
+def test_several_machines(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    two = ("train", "debug", "device=cpu", "ranks=2", "--nnodes", "2", "--rdzv-endpoint", "head:29400", "--out", "shared")
+    assert vlarl(*two, "--node-rank", "0")[0] == 0
+    assert json.loads((tmp_path / "shared" / "plan.json").read_text())["workers"] == {"nnodes": 2, "ranks_per_node": 1, "backend": "gloo"}
+    code, _, text = vlarl(*two, "--node-rank", "1")
+    assert code == 2
+    assert "has ended already" in text
+    (tmp_path / "shared" / "result.json").unlink()
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert vlarl(*two)[0] == 0
+    assert [argv[argv.index("--rdzv-endpoint") + 1] for argv in supervised] == ["head:29400"] * 2
+    monkeypatch.setattr(run, "JOIN_SECONDS", 0.0)
+    assert "has not appeared" in vlarl(*two[:-1], "nowhere")[2]
+    assert vlarl(*two, "--node-rank", "2")[0] == 2
+    assert vlarl("train", "debug", "--nnodes", "2")[0] == 2
+    assert vlarl("train", "debug", "--nnodes", "2", "--rdzv-endpoint", "head", "--out", "x")[0] == 2
+
+
+def test_a_batch_file_is_printed_and_nothing_started(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    code, text, _ = vlarl("train", "debug", "device=cpu", "ranks=4", "--nnodes", "2", "--slurm")
+    assert code == 0
+    assert "#SBATCH --nodes=2" in text
+    assert supervised == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_default_folder_carries_the_name(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
     vlarl("train", "debug")
     (made,) = (tmp_path / "runs").iterdir()

@@ -1,6 +1,7 @@
 """The torchrun command is a pure function of the plan."""
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from launch_helpers import PLAN
 
 from vlarl.errors import PlanError
-from vlarl.launch.torchrun import command, worker_arguments
+from vlarl.launch.torchrun import command, sbatch, worker_arguments
 from vlarl.plan.placement import WorkerGroup
 
 
@@ -30,6 +31,25 @@ def test_resume_is_passed_on(tmp_path: Path) -> None:
     assert worker_arguments(tmp_path, "train", resume=True) == ("--run-dir", str(tmp_path), "--job", "train", "--resume")
 
 
-def test_several_nodes_are_refused(tmp_path: Path) -> None:
+def test_several_nodes_need_a_place_to_meet(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="2 nodes"):
         command(replace(PLAN, workers=WorkerGroup(2, 2, "gloo")), tmp_path, (), {}, 7)
+
+
+def test_several_nodes_meet_at_the_endpoint(tmp_path: Path) -> None:
+    made = command(replace(PLAN, workers=WorkerGroup(2, 4, "gloo")), tmp_path / "r", (), {}, 7, "head:29400")
+    text = " ".join(made.argv)
+    assert "--nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint head:29400 --rdzv-id r" in text
+    assert "127.0.0.1" not in text
+    assert "GLOO_SOCKET_IFNAME" not in made.env
+
+
+def test_sbatch() -> None:
+    text = sbatch(replace(PLAN, workers=WorkerGroup(4, 8, "nccl")), "my run", ("a.yaml", "env.tasks=[put, push]"))
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=16"} <= set(lines)
+    assert lines[-1] == (
+        "srun --kill-on-bad-exit=1 vlarl train a.yaml 'env.tasks=[put, push]' --nnodes 4 --rdzv-endpoint \"$head:29400\" --out \"$out\""
+    )
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0

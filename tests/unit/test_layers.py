@@ -30,13 +30,14 @@ ALLOWED = {
     "policies": ("errors", "rng", "types", "recipe.schema"),
     "algorithms": ("rng", "types"),
     "metrics": ("errors", "evaluation.statistics"),
-    "distributed": ("errors", "plan.placement"),
+    "distributed": ("errors", "types", "plan.placement"),
     "rollout": ("errors", "rng", "types", "envs.spec", "envs.base", "envs.pool", "policies.base"),
     "learner": ("errors", "rng", "types", "recipe.schema", "envs.base", "envs.pool", "policies", "algorithms", "distributed"),
     "evaluation": ("errors", "rng", "types", "envs.spec", "envs.base", "envs.pool", "policies.base", "rollout"),
     # Composition roots.
     "worker": (
-        *("errors", "rng", "serial", "types", "recipe.schema", "plan.placement", "launch.lifeline", "envs", "policies", "algorithms"),
+        *("errors", "rng", "serial", "types", "recipe.schema", "plan.placement", "plan.profile", "plan.specs", "launch.lifeline"),
+        *("envs", "policies", "algorithms"),
         *("metrics", "distributed", "rollout", "learner", "evaluation"),
     ),
 }

@@ -33,30 +33,33 @@ _SLACK_BYTES = 8 << 20  # manifests, tokenizer, ranks' own state
 def save(
     world: World,
     folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    module: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
     extra: dict[str, Any],
     write_policy: WritePolicy,
     manifest: dict[str, Any],
 ) -> None:
     """Write a checkpoint to `folder`, replacing an older one there. Collective; `module` is sharded and not being acted with.
 
+    module, optimizer: None on the ranks that do not learn.
     extra: this rank's own state: plain Python values and tensors (episode scheduler, open episodes, counters).
-    write_policy(path, state): called on rank 0 with an existing empty folder and the whole weights (CPU), writes the policy for `eval`.
-    manifest: JSON values to keep with it (update, versions, scores), of rank 0.
+    write_policy(path, state): called on the main rank with an existing empty folder and the whole weights (CPU), writes the policy.
+    manifest: JSON values to keep with it (update, versions, scores), of the main rank.
     Raises MachineError if the disk is full or the folder unwritable; then nothing of it is left, and older checkpoints are untouched.
     """
     part = temporary(folder)
     _together(world, part, lambda: _prepare(part, _bytes_needed(module, optimizer)) if world.is_main else None)
-    weights = full_state_dict(module)
+    weights = {} if module is None else full_state_dict(module)
     _together(world, part, lambda: _write(world, part, module, optimizer, extra, weights, write_policy))
     _together(world, part, lambda: _finish(world, part, folder, manifest) if world.is_main else None)
 
 
 def load(
-    world: World, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None
+    world: World, folder: Path, module: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     """Restore weights and optimiser in place from `folder`, on any number of ranks. Collective.
+
+    module: None on ranks that do not learn.
 
     Returns (extras, manifest): extras holds what each saving rank gave as `extra`, in rank order, so `extras[world.rank]` is this rank's
     own where manifest["ranks"] == world.world_size. Learning rates are not restored: they follow from the schedule.
@@ -86,14 +89,15 @@ def _prepare(part: Path, needed: int) -> None:
 def _write(
     world: World,
     part: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    module: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
     extra: dict[str, Any],
     weights: dict[str, Tensor],
     write_policy: WritePolicy,
 ) -> None:
-    writer = dcp.FileSystemWriter(part / "state", thread_count=1, sync_files=True)
-    dcp.save(_state(module, optimizer), storage_writer=writer, process_group=world.control)
+    if world.learners is not None:
+        writer = dcp.FileSystemWriter(part / "state", thread_count=1, sync_files=True)
+        dcp.save(_state(module, optimizer), storage_writer=writer, process_group=world.learners.control)
     rank_file = _rank_file(part, world.rank)
     torch.save(extra, rank_file)
     sync(rank_file)
@@ -117,18 +121,21 @@ def _finish(world: World, part: Path, folder: Path, manifest: dict[str, Any]) ->
     sync(folder.parent)
 
 
-def _read(world: World, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def _read(world: World, folder: Path, module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    if world.learners is None:
+        return
     state = _state(module, optimizer)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder / "state"), process_group=world.control)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder / "state"), process_group=world.learners.control)
     except (CheckpointException, RuntimeError, ValueError) as error:
         cause = next((e for e, _ in error.failures.values()), error) if isinstance(error, CheckpointException) else error
         message = f"The checkpoint {folder} does not fit the policy: {cause}."
         raise CheckpointError(message, "Resume with the recipe that wrote it.") from error
 
 
-def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def _state(module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Flat name -> live tensor of weights, buffers and moments; loading copies into these very tensors, shard by shard."""
+    assert module is not None, "a learner holds the policy"
     state = {f"weights.{name}": value for name, value in module.state_dict().items()}
     if optimizer is not None:
         for name, p in module.named_parameters():
@@ -137,8 +144,9 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     return state
 
 
-def _bytes_needed(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _bytes_needed(module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> int:
     """State, plus a second copy of the weights for the policy folder; of all ranks together (numel of a sharded tensor is global)."""
+    assert module is not None, "the main rank learns"
     state = sum(t.numel() * t.element_size() for t in _state(module, optimizer).values())
     weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     return state + weights + _SLACK_BYTES

@@ -70,7 +70,12 @@ def acting(module: nn.Module) -> Iterator[None]:
     """Gather all weights once (collective), act without gradients or collectives, and free them at the end.
 
     Ranks may call `module` any number of times inside, none included. The weights and the forward code are those of learning.
+    A module that is not sharded is whole already.
     """
+    if not isinstance(module, FSDPModule):
+        with torch.no_grad():
+            yield
+        return
     root, units = _root(module), _fsdp_modules(module)
     try:
         for unit in units:
@@ -116,11 +121,12 @@ def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent buffers, whole, as CPU copies in the masters' dtype, on rank 0; {} elsewhere. Collective.
+    """All parameters and persistent buffers, whole, as CPU copies in the masters' dtype, on the first learner; {} elsewhere. Collective.
 
     Gathered one tensor at a time, so a device never holds more than its shard and one whole tensor.
     """
-    keep = dist.get_rank() == 0
+    first = next(module.parameters())
+    keep = first.device_mesh.get_local_rank() == 0 if isinstance(first, DTensor) else dist.get_rank() == 0
     result = {}
     for name, value in module.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,8 +1,8 @@
-"""Owns the process groups: one World per process, set up from torchrun's environment, or alone without any port."""
+"""Owns the process groups: one World per process, set up from torchrun's environment, or alone without any port; and the learners' part."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,9 +20,11 @@ LEARNER_AXIS = "learner"
 class World:
     """What a rank knows of its peers.
 
-    rank, world_size: in the torchrun world. device: this rank's. learner: 1-D mesh (axis `learner`) over which weights are sharded
-    and gradients summed. control: gloo group over all ranks for small CPU objects, apart from the tensor traffic.
-    timeout_seconds: how long any wait for a peer may last.
+    rank, world_size: among its members. device: this rank's. learner: 1-D mesh (axis `learner`) over which weights are sharded
+    and gradients summed. control: gloo group over all members for small CPU objects, apart from the tensor traffic.
+    timeout_seconds: how long any wait for a peer may last. main: the rank that writes files, the first of those that learn.
+    group: of the tensor traffic (None: the default one). learners: the world of the ranks that learn, which sums their losses;
+    None on a rank that does not.
     """
 
     rank: int
@@ -31,11 +33,14 @@ class World:
     learner: DeviceMesh
     control: dist.ProcessGroup
     timeout_seconds: float
+    main: int = 0
+    group: dist.ProcessGroup | None = None
+    learners: World | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the rank that writes files and speaks to the user."""
-        return self.rank == 0
+        return self.rank == self.main
 
 
 def init_world(plan: PlacementPlan, timeout_seconds: float = 600.0) -> World:
@@ -68,9 +73,10 @@ def init_world(plan: PlacementPlan, timeout_seconds: float = 600.0) -> World:
         learners = [r.rank for r in plan.ranks if "learner" in r.roles]
         learner = _learner_mesh(device, learners, world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
+        everyone = World(rank, world_size, device, learner, control, timeout_seconds, main=learners[0])
+        return replace(everyone, learners=_learner_world(everyone, learners, timeout))
     except (dist.DistError, RuntimeError) as error:
         raise WorkerError(f"Rank {rank} of {world_size} could not join the others within {timeout_seconds:.0f} s: {error}") from error
-    return World(rank, world_size, device, learner, control, timeout_seconds)
 
 
 def shutdown() -> None:
@@ -95,6 +101,17 @@ def _learner_mesh(device: torch.device, learners: list[int], world_size: int) ->
     if learners == list(range(world_size)):
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=(LEARNER_AXIS,))  # shares the default group
     return DeviceMesh(device.type, learners, mesh_dim_names=(LEARNER_AXIS,))
+
+
+def _learner_world(world: World, learners: list[int], timeout: timedelta) -> World | None:
+    """The same world, or the part of it that learns. Collective."""
+    if len(learners) == world.world_size:
+        return world
+    control = dist.new_group(learners, backend="gloo", timeout=timeout)
+    if world.rank not in learners:
+        return None
+    group = world.learner.get_group()
+    return replace(world, rank=learners.index(world.rank), world_size=len(learners), control=control, main=0, group=group)
 
 
 def _use_loopback() -> None:

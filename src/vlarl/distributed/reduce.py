@@ -26,12 +26,12 @@ def all_reduce_max(world: World, tensor: Tensor) -> Tensor:
 
 
 def gather_objects(world: World, value: T) -> list[T]:
-    """One picklable object per rank, in rank order, on rank 0; an empty list elsewhere."""
+    """One picklable object per rank, in rank order, on the main rank; an empty list elsewhere."""
     if world.world_size == 1:
         return [value]
     values: list[Any] | None = [None] * world.world_size if world.is_main else None
     with _deadline(world, "gather_objects"):
-        dist.gather_object(value, values, dst=0, group=world.control)
+        dist.gather_object(value, values, group=world.control, group_dst=world.main)
     return values or []
 
 
@@ -46,12 +46,12 @@ def all_gather_objects(world: World, value: T) -> list[T]:
 
 
 def broadcast_object(world: World, value: T | None) -> T:
-    """Rank 0's picklable object, on every rank (what the others pass is ignored)."""
+    """The main rank's picklable object, on every rank (what the others pass is ignored)."""
     if world.world_size == 1:
         return value  # type: ignore[return-value]
     box: list[Any] = [value]
     with _deadline(world, "broadcast_object"):
-        dist.broadcast_object_list(box, src=0, group=world.control)
+        dist.broadcast_object_list(box, group=world.control, group_src=world.main)
     return box[0]
 
 
@@ -67,7 +67,7 @@ def _all_reduce(world: World, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Te
     if world.world_size == 1:
         return tensor
     result = tensor.detach().clone()
-    group = world.control if result.device.type == "cpu" else None  # NCCL moves CUDA tensors only
+    group = world.control if result.device.type == "cpu" else world.group  # NCCL moves CUDA tensors only
     with _deadline(world, "all_reduce"):
         dist.all_reduce(result, op, group=group)
     return result

@@ -25,10 +25,15 @@ class Feed(Protocol):
 
 
 class EnvPool(Protocol):
-    """Order of calls: begin, then for each stage recv, send, recv, send, ..., recv."""
+    """Order of calls: begin, then for each stage recv, send, recv, send, ..., recv.
+
+    chunk: actions played at a time. span: the name under which time in `recv` and `send` is filed.
+    """
 
     spec: EnvSpec
     stages: int
+    chunk: int
+    span: str
 
     def begin(self) -> None:
         """Start a rollout: idle slots ask the feed for an episode; the next recv shows every slot as it stands."""
@@ -39,7 +44,7 @@ class EnvPool(Protocol):
     def send(self, stage: int, action_BKA: Tensor) -> None:
         """Give the stage its next actions. float32 (B, K, A); rows of idle slots are ignored."""
 
-    def slots(self, stage: int) -> range:
+    def slots(self, stage: int) -> Sequence[int]:
         """The stage's global slot numbers."""
 
     def close(self) -> None: ...
@@ -47,6 +52,8 @@ class EnvPool(Protocol):
 
 class LocalPool:
     """EnvPool over simulators of this process, one per stage."""
+
+    span = "rollout/env"
 
     def __init__(
         self, envs: Sequence[BatchedEnv], first_slot: int, slots_per_stage: int, chunk: int, feed: Feed, final_frames: FinalFrames
@@ -60,7 +67,7 @@ class LocalPool:
         self._envs = envs
         self._first_slot = first_slot
         self._count = slots_per_stage
-        self._chunk = chunk
+        self.chunk = chunk
         self._feed = feed
         self._final_frames = final_frames
         self._episode: list[list[EpisodeSpec | None]] = [[None] * slots_per_stage for _ in envs]
@@ -91,7 +98,7 @@ class LocalPool:
         assert self._may_recv[stage], f"stage {stage}: recv before send"
         self._may_recv[stage] = False
         env, action = self._envs[stage], self._action[stage]
-        result, final_index, final_obs = ChunkResult.nothing(self._count, self._chunk), torch.zeros(0, dtype=torch.int64), None
+        result, final_index, final_obs = ChunkResult.nothing(self._count, self.chunk), torch.zeros(0, dtype=torch.int64), None
         if action is not None:
             result = env.step_chunk(action, self._active(stage))
             self._chunk_index[stage] += 1

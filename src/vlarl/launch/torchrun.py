@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from vlarl.errors import PlanError
 from vlarl.launch.lifeline import LAUNCHER_PID, LOG_FOLDER
 from vlarl.plan.placement import PlacementPlan
 
-Job = Literal["train", "sft", "eval"]
+Job = Literal["train", "sft", "eval", "bench", "profile"]
 MONITOR_SECONDS = 0.2  # how soon torchrun sees that a rank ended
 
 
@@ -34,17 +35,28 @@ def worker_arguments(run_dir: Path, job: Job, resume: bool = False, variations: 
     return tuple(arguments)
 
 
-def command(plan: PlacementPlan, run_dir: Path, arguments: tuple[str, ...], base_env: Mapping[str, str], launcher_pid: int) -> Command:
-    """Torch elastic's torchrun, one process per rank, on a free port of its own choice. Raises PlanError for several nodes."""
-    if plan.workers.nnodes != 1:
-        raise PlanError(f"The plan spans {plan.workers.nnodes} nodes, and this version of vlarl starts ranks on one.", "Plan for one node.")
+def command(
+    plan: PlacementPlan,
+    run_dir: Path,
+    arguments: tuple[str, ...],
+    base_env: Mapping[str, str],
+    launcher_pid: int,
+    rdzv_endpoint: str | None = None,
+) -> Command:
+    """This node's torchrun (torch elastic), one process per rank. Raises PlanError for several nodes without `rdzv_endpoint`.
+
+    rdzv_endpoint: HOST:PORT on which one of the nodes listens, the same on all; None: one node, on a free port of its own choice.
+    """
+    nodes = plan.workers.nnodes
+    if nodes > 1 and rdzv_endpoint is None:
+        raise PlanError(f"The plan spans {nodes} nodes, and nothing says where they meet.", "Give --nnodes and --rdzv-endpoint HOST:PORT.")
+    # One node: the machine's own name need not resolve.
+    where = ("--rdzv-endpoint", rdzv_endpoint) if rdzv_endpoint else ("--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1")
     argv = (
         sys.executable,
         *("-m", "vlarl.launch.lifeline", "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(plan.workers.ranks_per_node)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", run_dir.name),
-        # The machine's own name need not resolve.
-        *("--local-addr", "127.0.0.1"),
+        *("--nnodes", str(nodes), "--nproc-per-node", str(plan.workers.ranks_per_node)),
+        *("--rdzv-backend", "c10d", *where, "--rdzv-id", run_dir.name),
         *("--max-restarts", "0", "--monitor-interval", str(MONITOR_SECONDS)),
         *("-m", "vlarl.worker"),
         *arguments,
@@ -64,6 +76,27 @@ def rank_env(plan: PlacementPlan, run_dir: Path, launcher_pid: int) -> dict[str,
         LAUNCHER_PID: str(launcher_pid),
         LOG_FOLDER: str(run_dir / "logs"),
     }
-    if plan.workers.backend == "gloo" and sys.platform == "linux":
+    if plan.workers.backend == "gloo" and plan.workers.nnodes == 1 and sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else asks for the address of the machine's name
     return env
+
+
+def sbatch(plan: PlacementPlan, name: str, arguments: tuple[str, ...], port: int = 29400) -> str:
+    """A Slurm batch file that starts `vlarl train` once on every node of the plan. arguments: of `vlarl train`, as typed."""
+    workers = plan.workers
+    gpus = f"#SBATCH --gpus-per-node={workers.ranks_per_node}\n" if workers.backend == "nccl" else ""
+    threads = workers.ranks_per_node * max(rank.threads for rank in plan.ranks)
+    meet = f' --nnodes {workers.nnodes} --rdzv-endpoint "$head:{port}" --out "$out"' if workers.nnodes > 1 else ' --out "$out"'
+    return f"""\
+#!/bin/bash
+#SBATCH --job-name={shlex.quote(name)}
+#SBATCH --nodes={workers.nnodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task={threads}
+{gpus}#SBATCH --output=%x-%j.out
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+out=runs/{shlex.quote(name)}-$SLURM_JOB_ID  # on a file system that all nodes see
+export head out
+srun --kill-on-bad-exit=1 vlarl train {shlex.join(arguments)}{meet}
+"""

@@ -3,70 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from vlarl.envs.spec import EnvSpec
 from vlarl.errors import PlanError
+from vlarl.plan.choose import choose, label, rule_of_thumb
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.memory import Job, Sizes, estimate, phase_bytes
 from vlarl.plan.placement import PLAN_VERSION, MemoryRow, PlacementPlan, RankPlan, RolloutPlan, UpdatePlan, WorkerGroup
+from vlarl.plan.profile import Profile
+from vlarl.plan.roles import Roles, assign, env_slots, policy_slots, sample_slots, slots_fit, split_clash, stated_ranks
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.rules import Clash, line_order, multiples_near, sentence
-from vlarl.recipe.schema import Grpo, Ppo, Recipe
+from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe
 
 MEMORY_MARGIN = 0.92  # share of a device that may be planned for; the rest is fragmentation
-ROLES = ("env", "rollout", "learner")
 CPU_RANKS = (1, 2, 4, 8)  # rank counts chosen from on a machine without a GPU
 
 
 def compile_plan(
-    recipe: Recipe, cluster: Cluster, policy: PolicySpec, env: EnvSpec, job: Job = "train", origins: Mapping[str, str] | None = None
+    recipe: Recipe,
+    cluster: Cluster,
+    policy: PolicySpec,
+    env: EnvSpec,
+    job: Job = "train",
+    origins: Mapping[str, str] | None = None,
+    profile: Profile | None = None,
 ) -> PlacementPlan:
     """Everything derived. Raises PlanError with every rule that recipe, policy, simulator and cluster break together.
 
-    origins: dotted field -> where it was written, for the messages.
+    origins: dotted field -> where it was written, for the messages. profile: costs that mode auto chooses by.
     """
+    if profile is not None and profile.actions_per_chunk != policy.chunk:
+        raise PlanError(
+            f"placement.profile: {profile.name} holds costs of {profile.actions_per_chunk} actions per forward pass, and the policy "
+            f"{recipe.policy.checkpoint} emits {policy.chunk}.",
+            "Measure a profile of this recipe with `vlarl bench-placement --write-profile`, or choose a mode.",
+        )
+    recipe, reason = _with_mode(recipe, cluster, policy, env, job, profile)
     ranks = rank_count(recipe, cluster)
-    clashes = _cluster_clashes(recipe, cluster, ranks) + _fit_clashes(recipe, policy, env)
-    if job != "eval":
-        clashes += _batch_clashes(recipe, ranks, -(-env.horizon // policy.chunk))
-    clashes += _slot_clashes(recipe, ranks, job)
+    roles, clashes = assign(recipe.placement, ranks, cluster.nodes)
+    clashes += _cluster_clashes(recipe, cluster, ranks) + _fit_clashes(recipe, policy, env)
+    if roles is not None:
+        if job != "eval":
+            clashes += _batch_clashes(recipe, roles, -(-env.horizon // policy.chunk))
+        clashes += _slot_clashes(recipe, roles, job)
     if clashes:
         raise PlanError(_listed([sentence(c, recipe, origins or {}) for c in clashes]))
+    assert roles is not None
     dtype = compute_dtype(recipe, cluster)
     rollout = _rollout_plan(recipe, policy, env)
-    update = _update_plan(recipe, rollout, ranks)
-    sizes = Sizes(ranks, recipe.env.parallel // ranks, dtype, cluster.device)
-    memory = estimate(recipe, policy, env, rollout, update, sizes, job)
+    rank_plans = _rank_plans(recipe, cluster, roles, rollout.group_size)
+    update = _update_plan(recipe, rollout, rank_plans)
+    memory: tuple[MemoryRow, ...] = ()
+    for sizes in _kinds_of_ranks(rank_plans, roles, dtype, cluster):
+        memory += estimate(recipe, policy, env, rollout, update, sizes, job)
     capacity = _capacity(cluster, ranks)
-    _check_memory(memory, capacity, recipe, cluster)
+    _check_memory(memory, capacity, cluster)
     return PlacementPlan(
         version=PLAN_VERSION,
         name=recipe.name,
-        mode="collocated",
-        reason=_reason(recipe, cluster, ranks),
+        mode=roles.mode,
+        reason=f"{reason}; {_where(cluster, ranks)}",
         seed=recipe.seed,
         dtype=dtype,
         workers=WorkerGroup(cluster.nodes, ranks // cluster.nodes, "nccl" if cluster.device == "cuda" else "gloo"),
-        ranks=_rank_plans(recipe, cluster, ranks),
+        ranks=rank_plans,
         rollout=rollout,
         update=update,
         memory=memory,
-        equation=_equation(recipe, ranks, rollout, update),
+        equation=_equation(recipe, roles, rollout, update),
         capacity_bytes=capacity,
     )
 
 
-def rank_count(recipe: Recipe, cluster: Cluster) -> int:
-    """Processes over all nodes: as the recipe says, else one per GPU, else (on a CPU) as many as share the cores best.
+def _with_mode(
+    recipe: Recipe, cluster: Cluster, policy: PolicySpec, env: EnvSpec, job: Job, profile: Profile | None
+) -> tuple[Recipe, str]:
+    """The recipe with its placement decided, and why. Warm start and evaluation have no roles to share out: collocated."""
+    wanted = recipe.placement
+    if job != "train":
+        return replace(recipe, placement=Placement(mode="collocated")), f"collocated: every rank works alike in {job}"
+    if wanted.mode != "auto":
+        return recipe, f"{label(wanted)}, as the recipe asks"
+    ranks = rank_count(recipe, cluster)
+    if profile is None or ranks == 1:
+        placement, reason = rule_of_thumb(ranks, wanted, env.name, cluster.device, policy.chunk)
+        return replace(recipe, placement=placement), reason
+    placement, reason = choose(
+        ranks,
+        wanted,
+        lambda tried: compile_plan(replace(recipe, placement=tried), cluster, policy, env, job),
+        profile,
+    )
+    return replace(recipe, placement=placement), reason
 
-    On a CPU: the largest power of two up to the cores and CPU_RANKS that splits the slots evenly. Small policies are made of small
+
+def rank_count(recipe: Recipe, cluster: Cluster) -> int:
+    """Processes over all nodes: as the recipe says, else one per GPU, else (on a CPU) as the placement says, else as many as share the
+    cores best: the largest power of two up to the cores and CPU_RANKS that splits the slots evenly. Small policies are made of small
     operations, which threads speed up less than ranks do.
     """
     if recipe.ranks is not None:
         return recipe.ranks
     if cluster.device == "cuda":
         return cluster.nodes * max(1, cluster.devices_per_node)
+    stated = stated_ranks(recipe.placement)
+    if stated is not None:
+        return stated
     whole = recipe.placement.stages * (recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) else 1)
     fitting = [r for r in CPU_RANKS if r * (recipe.threads or 1) <= cluster.cores and recipe.env.parallel % (r * whole) == 0]
     return cluster.nodes * max(fitting, default=1)
@@ -84,8 +129,6 @@ def compute_dtype(recipe: Recipe, cluster: Cluster) -> Literal["float32", "float
 
 def _cluster_clashes(recipe: Recipe, cluster: Cluster, ranks: int) -> list[Clash]:
     found = []
-    if recipe.placement.mode in ("disaggregated", "hybrid"):
-        found.append(Clash("placement.mode", "this version of vlarl runs collocated placements only. Use auto or collocated."))
     if cluster.device == "cuda" and ranks > cluster.nodes * cluster.devices_per_node:
         gpus = cluster.nodes * cluster.devices_per_node
         found.append(
@@ -103,12 +146,15 @@ def _cluster_clashes(recipe: Recipe, cluster: Cluster, ranks: int) -> list[Clash
     return found
 
 
-def _slot_clashes(recipe: Recipe, ranks: int, job: Job) -> list[Clash]:
-    """Slots split evenly over ranks and stages; a GRPO group stays on one rank and in one stage."""
-    parallel, stages = recipe.env.parallel, recipe.placement.stages
+def _slot_clashes(recipe: Recipe, roles: Roles, job: Job) -> list[Clash]:
+    """Slots split evenly over env ranks and stages and over rollout ranks; a GRPO group stays on one rank of each role, in one stage."""
+    parallel, stages, ranks = recipe.env.parallel, recipe.placement.stages, len(roles.env)
     group = recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) and job != "eval" else 1
     found = []
-    if parallel % ranks:
+    if roles.mode != "collocated":
+        if not slots_fit(roles, parallel, stages, group):
+            found.append(split_clash(roles, parallel, stages, group))
+    elif parallel % ranks:
         rule = f"{parallel} parallel episodes do not split over {ranks} ranks. Use {multiples_near(parallel, ranks * stages * group)}."
         found.append(Clash("env.parallel", rule, ("ranks",)))
     elif (parallel // ranks) % stages:
@@ -127,8 +173,9 @@ def _slot_clashes(recipe: Recipe, ranks: int, job: Job) -> list[Clash]:
             f"or set env.parallel to {multiples_near(parallel, ranks * stages * group)}."
         )
         found.append(Clash("algorithm.group_size", rule, ("env.parallel", "ranks")))
-    if recipe.eval.parallel and recipe.eval.parallel % ranks:
-        rule = f"does not split over {ranks} ranks. Use {multiples_near(recipe.eval.parallel, ranks)}, or null."
+    if recipe.eval.parallel and recipe.eval.parallel % len(roles.learner):
+        learners = len(roles.learner)
+        rule = f"does not split over {learners} ranks. Use {multiples_near(recipe.eval.parallel, learners)}, or null."
         found.append(Clash("eval.parallel", rule, ("ranks",)))
     return found
 
@@ -160,8 +207,8 @@ def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> list[Clash
     return found
 
 
-def _batch_clashes(recipe: Recipe, ranks: int, chunks_per_episode: int) -> list[Clash]:
-    parallel, found = recipe.env.parallel, []
+def _batch_clashes(recipe: Recipe, roles: Roles, chunks_per_episode: int) -> list[Clash]:
+    parallel, found, ranks = recipe.env.parallel, [], len(roles.learner)
     samples = parallel * _chunks_per_slot(recipe, chunks_per_episode)
     limit = max(1, samples // ranks)
     if recipe.update.minibatches > limit:
@@ -214,11 +261,11 @@ def _rollout_plan(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> RolloutPl
     )
 
 
-def _update_plan(recipe: Recipe, rollout: RolloutPlan, ranks: int) -> UpdatePlan:
+def _update_plan(recipe: Recipe, rollout: RolloutPlan, ranks: tuple[RankPlan, ...]) -> UpdatePlan:
     """A minibatch takes an even share of every slot's chunks, so a rank's part is at most slots x ceil(chunks / minibatches)."""
     chunks = _chunks_per_slot(recipe, rollout.chunks_per_episode)
     minibatches = recipe.update.minibatches
-    rank_samples = rollout.parallel // ranks * -(-chunks // minibatches)
+    rank_samples = max(r.sample_slots[1] - r.sample_slots[0] for r in ranks) * -(-chunks // minibatches)
     microbatch = min(recipe.update.microbatch, rank_samples)
     return UpdatePlan(
         samples=rollout.parallel * chunks,
@@ -230,8 +277,9 @@ def _update_plan(recipe: Recipe, rollout: RolloutPlan, ranks: int) -> UpdatePlan
     )
 
 
-def _equation(recipe: Recipe, ranks: int, rollout: RolloutPlan, update: UpdatePlan) -> str:
-    slots = f"ranks ({ranks}) x slots ({rollout.parallel // ranks})"
+def _equation(recipe: Recipe, roles: Roles, rollout: RolloutPlan, update: UpdatePlan) -> str:
+    named = "ranks" if roles.mode == "collocated" else "env ranks"
+    slots = f"{named} ({len(roles.env)}) x slots ({rollout.parallel // len(roles.env)})"
     if isinstance(recipe.algorithm, Ppo):
         left = f"{slots} x chunks ({rollout.chunk_steps}) = {update.samples} samples"
     else:
@@ -240,32 +288,61 @@ def _equation(recipe: Recipe, ranks: int, rollout: RolloutPlan, update: UpdatePl
             f"= at most {update.samples} samples "
             f"in {rollout.parallel * rollout.episodes_per_slot // rollout.group_size} groups of {rollout.group_size}"
         )
-    rank_part = -(-update.minibatch_samples // ranks)
+    rank_part = -(-update.minibatch_samples // len(roles.learner))
+    learner = "per rank" if roles.mode == "collocated" else f"per learner rank ({len(roles.learner)})"
     passes = f"{update.accumulation} forward pass" + ("es" if update.accumulation > 1 else "")
-    right = f"{update.minibatches} minibatches of {update.minibatch_samples}; per rank {rank_part}, in {passes} of <= {update.microbatch}"
+    right = f"{update.minibatches} minibatches of {update.minibatch_samples}; {learner} {rank_part}, in {passes} of <= {update.microbatch}"
     return f"{left} = {right}; epochs: {update.epochs}"
 
 
-def _rank_plans(recipe: Recipe, cluster: Cluster, ranks: int) -> tuple[RankPlan, ...]:
-    """Rank r holds the r-th contiguous range of global slots, in every role."""
-    per_node, slots = ranks // cluster.nodes, recipe.env.parallel // ranks
+def _rank_plans(recipe: Recipe, cluster: Cluster, roles: Roles, group: int) -> tuple[RankPlan, ...]:
+    """Every rank's device, threads, roles and ranges of global slots."""
+    parallel = recipe.env.parallel
+    ranks = max(roles.learner + roles.env + roles.rollout) + 1
+    per_node = ranks // cluster.nodes
     threads = recipe.threads or max(1, cluster.cores // per_node)
+    env, policy = env_slots(roles, parallel), policy_slots(roles, parallel)
+    samples = env if roles.mode == "collocated" else sample_slots(roles, parallel, group)
     plans = []
     for rank in range(ranks):
         local = rank % per_node
         device = f"cuda:{local}" if cluster.device == "cuda" else "cpu"
-        held = (rank * slots, (rank + 1) * slots)
-        plans.append(RankPlan(rank, rank // per_node, local, device, threads, ROLES, held, held, held))  # type: ignore[arg-type]
+        held = [part.get(rank, (0, 0)) for part in (env, policy, samples)]
+        plans.append(RankPlan(rank, rank // per_node, local, device, threads, roles.of(rank), *held))
     return tuple(plans)
 
 
-def _reason(recipe: Recipe, cluster: Cluster, ranks: int) -> str:
-    where = f"{ranks} rank{'s' if ranks > 1 else ''} on {cluster.device_name}" + (f" ({cluster.reason})" if cluster.reason else "")
-    if recipe.placement.mode == "collocated":
-        return f"collocated, as the recipe asks; {where}"
-    if ranks == 1:
-        return f"collocated: a single rank does everything; {where}"
-    return f"collocated: every rank simulates, acts and learns on its own slots, so nothing waits for another device; {where}"
+def _kinds_of_ranks(ranks: tuple[RankPlan, ...], roles: Roles, dtype: str, cluster: Cluster) -> list[Sizes]:
+    """One entry for all ranks with the same roles, with the slots of the one that has most."""
+    kinds: dict[tuple[str, ...], list[RankPlan]] = {}
+    for rank in ranks:
+        kinds.setdefault(rank.roles, []).append(rank)
+    sizes = []
+    for members in kinds.values():
+        most = [max(held[1] - held[0] for held in part) for part in zip(*map(_held, members), strict=True)]
+        name = "every rank" if len(kinds) == 1 else f"{', '.join(members[0].roles)} ({_ranges_text([m.rank for m in members])})"
+        sizes.append(Sizes(len(roles.learner), most[0], most[1], most[2], dtype, cluster.device, name))
+    return sizes
+
+
+def _held(rank: RankPlan) -> tuple[tuple[int, int], ...]:
+    return rank.slots, rank.policy_slots, rank.sample_slots
+
+
+def _ranges_text(ranks: list[int]) -> str:
+    """`rank 0-3, 8`."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return "rank " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _where(cluster: Cluster, ranks: int) -> str:
+    on = f"{ranks} rank{'s' if ranks > 1 else ''} on {cluster.device_name}"
+    return on + (f" ({cluster.reason})" if cluster.reason else "")
 
 
 def _capacity(cluster: Cluster, ranks: int) -> int | None:
@@ -275,14 +352,15 @@ def _capacity(cluster: Cluster, ranks: int) -> int | None:
     return cluster.host_bytes // (ranks // cluster.nodes) or None
 
 
-def _check_memory(memory: tuple[MemoryRow, ...], capacity: int | None, recipe: Recipe, cluster: Cluster) -> None:
+def _check_memory(memory: tuple[MemoryRow, ...], capacity: int | None, cluster: Cluster) -> None:
     if capacity is None:
         return
     for phase in ("rollout", "update"):
-        need = phase_bytes(memory, phase)
+        names = dict.fromkeys(row.ranks for row in memory)
+        need, ranks = max(((phase_bytes(memory, phase, name), name) for name in names), key=lambda item: item[0])
         if need <= capacity * MEMORY_MARGIN:
             continue
-        largest = max((r for r in memory if r.phase == phase), key=lambda r: r.bytes)
+        largest = max((r for r in memory if r.phase == phase and r.ranks == ranks), key=lambda r: r.bytes)
         advice = {
             "activations while": "Lower env.parallel, or use more ranks.",
             "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",

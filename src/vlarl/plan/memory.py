@@ -17,6 +17,7 @@ from vlarl.recipe.schema import Recipe
 
 Job = Literal["train", "sft", "eval"]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
+BUFFER = "rollout buffer (frames as uint8)"
 BINS = 256  # action bins: logits per token
 ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
 CHECKPOINTED_BYTES = 2 / 2
@@ -28,12 +29,16 @@ RENDER_BYTES_PER_PIXEL = 64  # colour, depth and ray of one pixel while a frame 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the estimate depends on besides recipe and specs. ranks: learner ranks that share the shards. slots: of one rank."""
+    """What the estimate depends on besides recipe and specs. learners: ranks that share the shards. slots: of one rank, which it
+    simulates, acts for and learns from (0: does not). name: of the ranks that are so."""
 
-    ranks: int
-    slots: int
+    learners: int
+    env_slots: int
+    policy_slots: int
+    sample_slots: int
     dtype: str
     device: Literal["cpu", "cuda"]
+    name: str = "every rank"
 
 
 def estimate(
@@ -43,32 +48,49 @@ def estimate(
     where: Literal["device", "host"] = "device" if sizes.device == "cuda" else "host"
     compute = BYTES[sizes.dtype]
     master = max(4, compute)
-    base = [("process and libraries", CUDA_CONTEXT_BYTES if sizes.device == "cuda" else PROCESS_BYTES)]
-    base.append(("master weights, sharded", policy.parameters * master // sizes.ranks))
+    resident: list[tuple[str, float]] = [("process and libraries", CUDA_CONTEXT_BYTES if sizes.device == "cuda" else PROCESS_BYTES)]
+    rollout_rows, update_rows = list[tuple[str, float]](), list[tuple[str, float]]()
+    if sizes.sample_slots:
+        resident.append(("master weights, sharded", policy.parameters * master // sizes.learners))
+        if job != "eval":
+            resident.append(("Adam's moments, sharded", 2 * trainable_parameters(recipe, policy) * master // sizes.learners))
+    if sizes.policy_slots:
+        held = "policy gathered for acting" if sizes.sample_slots else "policy, whole, for acting"
+        both = rollout_rows if sizes.sample_slots else resident
+        both.append((held, policy.parameters * compute))
+        rollout_rows.append(("activations while acting", _acting_bytes(policy, sizes.policy_slots, compute)))
+    if sizes.env_slots:
+        rollout_rows.append(("camera frames being drawn", sizes.env_slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
     if job != "eval":
-        base.append(("Adam's moments, sharded", 2 * trainable_parameters(recipe, policy) * master // sizes.ranks))
-    acting = [
-        ("policy gathered for acting", policy.parameters * compute),
-        ("activations while acting", _acting_bytes(policy, sizes, compute)),
-    ]
-    acting.append(("camera frames being drawn", sizes.slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
-    rows = [MemoryRow("rollout", name, where, int(size)) for name, size in base + acting]
-    if job == "eval":
-        return tuple(rows)
-    buffer = ("rollout buffer (frames as uint8)", _buffer_bytes(policy, env, rollout, sizes.slots))
-    rows.append(MemoryRow("rollout", buffer[0], where, int(buffer[1])))
-    learning: list[tuple[str, float]] = [buffer, ("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.ranks)]
-    learning.append(("weights gathered while learning", _gathered(policy) * compute * 2))
-    microbatch = max([update.microbatch, *(phase.batch // sizes.ranks for phase in recipe.warmstart)])
-    learning.append((f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)))
+        collected = _buffer_bytes(policy, env, rollout, sizes.policy_slots)
+        if sizes.policy_slots:
+            rollout_rows.append((BUFFER, collected))
+        if sizes.sample_slots:
+            update_rows.append((BUFFER, _buffer_bytes(policy, env, rollout, sizes.sample_slots)))
+            update_rows += _learning_rows(recipe, policy, update, sizes, compute)
+    phases = {"rollout": resident + rollout_rows} | ({"update": resident + update_rows} if job != "eval" else {})
+    return tuple(
+        MemoryRow(phase, name, where, int(size), sizes.name)  # type: ignore[arg-type]
+        for phase, rows in phases.items()
+        for name, size in rows
+    )
+
+
+def _learning_rows(recipe: Recipe, policy: PolicySpec, update: UpdatePlan, sizes: Sizes, compute: int) -> list[tuple[str, float]]:
+    master = max(4, compute)
+    rows: list[tuple[str, float]] = [("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.learners)]
+    rows.append(("weights gathered while learning", _gathered(policy) * compute * 2))
+    microbatch = max([update.microbatch, *(phase.batch // sizes.learners for phase in recipe.warmstart)])
+    rows.append((f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)))
     if recipe.algorithm.kl_coef > 0 and recipe.policy.lora is None:
-        learning.append(("reference policy, sharded", policy.parameters * compute // sizes.ranks))
-    return (*rows, *(MemoryRow("update", name, where, int(size)) for name, size in base + learning))
+        rows.append(("reference policy, sharded", policy.parameters * compute // sizes.learners))
+    return rows
 
 
-def phase_bytes(rows: tuple[MemoryRow, ...], phase: str) -> int:
-    """Sum over one phase."""
-    return sum(row.bytes for row in rows if row.phase == phase)
+def phase_bytes(rows: tuple[MemoryRow, ...], phase: str, ranks: str | None = None) -> int:
+    """Sum over one phase: of the ranks named so, or of those that need most."""
+    names = {row.ranks for row in rows} if ranks is None else {ranks}
+    return max((sum(row.bytes for row in rows if row.phase == phase and row.ranks == name) for name in names), default=0)
 
 
 def trainable_parameters(recipe: Recipe, policy: PolicySpec) -> int:
@@ -101,10 +123,10 @@ def _activation_bytes(recipe: Recipe, policy: PolicySpec, samples: int, compute:
     return layers + logits
 
 
-def _acting_bytes(policy: PolicySpec, sizes: Sizes, compute: int) -> float:
+def _acting_bytes(policy: PolicySpec, slots: int, compute: int) -> float:
     """Without gradients one layer's activations live at a time."""
-    one_layer = sizes.slots * policy.sequence_length * policy.hidden_size * compute * ACTIVATION_BYTES
-    return one_layer + sizes.slots * policy.chunk * policy.action_dim * BINS * max(4, compute) * 3
+    one_layer = slots * policy.sequence_length * policy.hidden_size * compute * ACTIVATION_BYTES
+    return one_layer + slots * policy.chunk * policy.action_dim * BINS * max(4, compute) * 3
 
 
 def _buffer_bytes(policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, slots: int) -> int:

@@ -11,7 +11,10 @@ Role = Literal["env", "rollout", "learner"]
 @dataclass(frozen=True)
 class RankPlan:
     """One process. slots: half-open range of the global environment slots it simulates (env role), ((0, 0) if none).
-    policy_slots: the range it acts for (rollout role). sample_slots: the range whose samples it learns from (learner role)."""
+    policy_slots: the range it acts for (rollout role). sample_slots: the range whose samples it learns from (learner role).
+
+    Stages are the env ranks': stage s of an env rank is the s-th of `stages` equal parts of its slots. A rollout rank's stage s is what
+    its policy_slots share with stage s of all env ranks (`stage_parts`); it may be empty where several rollout ranks share an env rank."""
 
     rank: int
     node: int
@@ -61,12 +64,13 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One line of the estimate. phase: rollout or update. where: device or host. bytes: per rank."""
+    """One line of the estimate. phase: rollout or update. where: device or host. bytes: per rank. ranks: which (`rank 0-3`)."""
 
     phase: Literal["rollout", "update"]
     component: str
     where: Literal["device", "host"]
     bytes: int
+    ranks: str = "every rank"
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,26 @@ class PlacementPlan:
     memory: tuple[MemoryRow, ...]
     equation: str
     capacity_bytes: int | None
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """Consecutive global slots [start, end) of one stage that env_rank simulates and rollout_rank acts for."""
+
+    env_rank: int
+    rollout_rank: int
+    start: int
+    end: int
+
+
+def stage_parts(ranks: tuple[RankPlan, ...], stages: int, stage: int) -> tuple[StagePart, ...]:
+    """Who simulates and who acts for what in one stage: every slot of the stage once, in the order of the slots."""
+    parts = []
+    for env in (r for r in ranks if "env" in r.roles):
+        size = (env.slots[1] - env.slots[0]) // stages
+        first = env.slots[0] + stage * size
+        for acting in (r for r in ranks if "rollout" in r.roles):
+            start, end = max(first, acting.policy_slots[0]), min(first + size, acting.policy_slots[1])
+            if start < end:
+                parts.append(StagePart(env.rank, acting.rank, start, end))
+    return tuple(sorted(parts, key=lambda part: part.start))

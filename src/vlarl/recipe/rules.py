@@ -16,6 +16,8 @@ from vlarl.recipe.schema import Grpo, Ppo, Recipe
 
 SIMULATOR_TASKS = {"tabletop": tuple(TASKS)}
 SIMULATOR_VARIATIONS = {"tabletop": tuple(VARIATIONS)}
+ROLES = ("env", "rollout", "learner")
+MAX_RANKS = 65536  # of one range: keeps a slip of the pen from filling the memory
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,57 @@ def _update(recipe: Recipe) -> list[Clash]:
 def _placement(recipe: Recipe) -> list[Clash]:
     placement, found = recipe.placement, []
     if placement.mode in ("auto", "collocated"):
-        for name in ("env", "rollout", "learner"):
+        for name in ROLES:
             if getattr(placement, name) is not None:
                 rule = f"ranks per role are for disaggregated and hybrid modes; this is {placement.mode}. Remove it, or change the mode."
                 found.append(Clash(f"placement.{name}", rule, ("placement.mode",)))
+    else:
+        found += _roles(recipe)
+    if placement.profile is not None and placement.mode != "auto":
+        rule = f"costs are for mode auto to choose by; this is {placement.mode}. Remove it, or set placement.mode to auto."
+        found.append(Clash("placement.profile", rule, ("placement.mode",)))
     if recipe.env.parallel % placement.stages:
         parallel, stages = recipe.env.parallel, placement.stages
         rule = f"{parallel} parallel episodes do not split into {stages} stages. Set env.parallel to {multiples_near(parallel, stages)}."
         found.append(Clash("placement.stages", rule, ("env.parallel",)))
     return found
+
+
+def _roles(recipe: Recipe) -> list[Clash]:
+    """Ranks per role, as far as they can be judged without knowing how many ranks there are."""
+    placement, found = recipe.placement, []
+    if placement.mode == "hybrid" and placement.learner is not None:
+        found.append(Clash("placement.learner", "in hybrid mode every rank learns. Remove it, or use disaggregated.", ("placement.mode",)))
+    owner: dict[int, str] = {}
+    for name in ROLES:
+        text = getattr(placement, name)
+        if name == "learner" and placement.mode == "hybrid" or text is None:
+            continue
+        chosen = parse_ranks(text)
+        if chosen is None:
+            found.append(Clash(f"placement.{name}", "expected a number of ranks, or ranks such as 0-3 or 0,2,4-7, each once."))
+        elif not isinstance(chosen, int):
+            taken = sorted(rank for rank in chosen if rank in owner)
+            if taken:
+                rule = f"rank {taken[0]} is listed under placement.{owner[taken[0]]} too, and can have one of the two roles only."
+                found.append(Clash(f"placement.{name}", rule, (f"placement.{owner[taken[0]]}",)))
+            owner |= dict.fromkeys(chosen, name)
+    return found
+
+
+def parse_ranks(text: int | str) -> int | tuple[int, ...] | None:
+    """A number of ranks, or the ranks that `0,2,4-7` lists, ascending. None where it is neither or lists a rank twice."""
+    if isinstance(text, int):
+        return text
+    if re.fullmatch(r"\s*\d+\s*", text):
+        return int(text) or None
+    ranks: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
+        if span is None:
+            return None
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last < first or last - first > MAX_RANKS:
+            return None
+        ranks += range(first, last + 1)
+    return tuple(sorted(ranks)) if len(set(ranks)) == len(ranks) else None

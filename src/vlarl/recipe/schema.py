@@ -188,11 +188,13 @@ class Placement:
     __pydantic_config__ = STRICT
     mode: Literal["auto", "collocated", "disaggregated", "hybrid"] = "auto"
     stages: Count = 1
-    """Independent sub-batches, pipelined."""
-    env: str | None = None
-    rollout: str | None = None
-    learner: str | None = None
-    """Number of ranks, or ranges such as `0-3`."""
+    """Independent sub-batches, pipelined. With mode auto, 1 leaves the choice to the planner."""
+    env: Count | str | None = None
+    rollout: Count | str | None = None
+    learner: Count | str | None = None
+    """Number of ranks, or which: `0-3`, `0,2,4-7`. null: what the other roles leave."""
+    profile: str | None = None
+    """Measured costs that mode auto chooses by: a file, or the name of a shipped profile."""
 
 
 @dataclass(frozen=True, kw_only=True)

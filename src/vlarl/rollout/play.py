@@ -66,7 +66,7 @@ def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_
     t = 0
     while open_stages:
         for stage in sorted(open_stages):
-            with spans.span("rollout/env"):
+            with spans.span(pool.span):
                 step = pool.recv(stage)
             active = [b for b, e in enumerate(step.episode) if e is not None]
             last = t >= max_chunks or not active
@@ -79,7 +79,7 @@ def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_
                 open_stages.remove(stage)
                 continue
             assert chunk is not None
-            with spans.span("rollout/env"):
+            with spans.span(pool.span):
                 pool.send(stage, _spread(chunk.action_BKA, rows, len(step.episode)))
         t += 1
     return t - 1

@@ -1,4 +1,4 @@
-"""Owns evaluation on worker ranks: the protocol's episodes shared out over ranks, rows brought together on rank 0."""
+"""Owns evaluation on worker ranks: the protocol's episodes shared out over the learners, each with simulators of its own."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,14 +12,14 @@ from vlarl.policies.base import VLAPolicy
 from vlarl.rollout.episodes import ListFeed
 from vlarl.worker.context import Context
 from vlarl.worker.films import write_films
-from vlarl.worker.setup import build_pool, build_sampler
+from vlarl.worker.setup import build_env, build_pool, build_sampler
 
 FILMED = 8  # episodes filmed for each one kept: successes and failures cannot be told before they end
 TRAINING_SEED_OFFSET = 1_000_003  # evaluations during training see other scenes than `vlarl eval`, which so stays unseen
 
 
 def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes: dict[str, str], prefix: str) -> dict[str, Any]:
-    """Play one protocol with gathered weights (inside `acting`); the report, on every rank. Videos are written by each rank."""
+    """Play one protocol with gathered weights (inside `acting`); the report, on every learner. Videos are written by each rank."""
     env, settings = run.recipe.env, run.recipe.eval
     protocol = Protocol(
         name=f"{env.simulator}-{variation}",
@@ -34,18 +34,21 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
         temperature=settings.temperature,
         seed=seed,
     )
-    ranks = run.world.world_size
+    world = run.world.learners
+    assert world is not None, "learners evaluate, with simulators of their own"
+    ranks = world.world_size
     slots_per_rank = -(-min(settings.parallel or env.parallel, protocol.episodes) // ranks)
     feed = ListFeed(episodes(protocol), slots_per_rank * ranks)
-    first = run.world.rank * slots_per_rank
+    first = world.rank * slots_per_rank
     final: FinalFrames = "all" if settings.videos else "none"
-    pool = build_pool(run, feed, (first, first + slots_per_rank), 1, policy.spec.chunk, final, variation)
+    slots = (first, first + slots_per_rank)
+    pool = build_pool(lambda count: build_env(run, count, variation), feed, slots, 1, policy.spec.chunk, final)
     recorder = EpisodeRecorder(lambda uid: uid < FILMED * settings.videos)
-    sampler = build_sampler(run, policy, seed, settings.temperature, 0)
+    sampler = build_sampler(policy, policy.spec, seed, settings.temperature, 0)
     play_episodes(pool, sampler, recorder, run)
     pool.close()
     write_films(run, recorder.films, prefix, settings.videos)
-    rows: list[EpisodeRow] = [row for part in all_gather_objects(run.world, recorder.rows) for row in part]
+    rows: list[EpisodeRow] = [row for part in all_gather_objects(world, recorder.rows) for row in part]
     return build_report(protocol, rows, hashes)
 
 

@@ -12,15 +12,15 @@ from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
 from vlarl.evaluation.report import result_table
 from vlarl.metrics.status import write_status
+from vlarl.plan.specs import simulator_spec
+from vlarl.policies.base import VLAPolicy
 from vlarl.policies.layout import resolve_folder
 from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
-from vlarl.worker.loop import train
+from vlarl.worker.loop import assist, train
 from vlarl.worker.progress import Progress
-from vlarl.worker.setup import build_policy, build_trainer, shard_policy
+from vlarl.worker.setup import build_env, build_learner, build_policy, build_trainer, place_policy, shard_policy
 from vlarl.worker.warmstart import warm_start
-
-DEMONSTRATION_SLOTS = 128  # over all ranks
 
 
 def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) -> None:
@@ -43,20 +43,32 @@ def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) 
 
 def train_job(run: Context, resume: bool) -> None:
     """Warm start if the recipe has one, then RL."""
-    policy = build_policy(run, trainable=True)
-    if run.recipe.warmstart and not resume:
+    cloning, roles = bool(run.recipe.warmstart) and not resume, run.rank_plan.roles
+    policy = build_policy(run, trainable=True) if cloning or roles != ("env",) else None
+    if cloning and policy is not None:
         warm_start(run, policy)
-    reference = None
-    if run.recipe.algorithm.kl_coef > 0:
-        cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart else None
-        reference = shard_policy(run, build_policy(run, trainable=False, source=cloned))
-    trainer = build_trainer(run, shard_policy(run, policy), reference)
-    progress = train(run, trainer, resume)
-    _finish(run, _training_result(run, progress))
+    policy, learner = place_policy(run, policy), None
+    if policy is not None and "learner" in roles:
+        learner = build_learner(run, policy, _reference(run))
+    trainer = build_trainer(run, policy, learner, lambda slots: build_env(run, slots), simulator_spec(run.recipe.env))
+    if learner is None:
+        assist(run, trainer, resume)
+    else:
+        _finish(run, _training_result(run, train(run, trainer, learner, resume)))
+
+
+def _reference(run: Context) -> VLAPolicy | None:
+    """The policy before RL, for the KL term, if there is one."""
+    if run.recipe.algorithm.kl_coef == 0:
+        return None
+    cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart else None
+    return shard_policy(run, build_policy(run, trainable=False, source=cloned))
 
 
 def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
-    """Play the named variations with one policy; eval.json holds every episode's row."""
+    """Play the named variations with one policy; eval.json holds every episode's row. The learners' job."""
+    if run.world.learners is None:
+        return
     policy = shard_policy(run, build_policy(run, trainable=False))
     folder, _ = resolve_folder(run.recipe.policy.checkpoint)
     hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}

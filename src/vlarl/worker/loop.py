@@ -1,6 +1,7 @@
 """Owns the training loop. Reads like the paper: collect trajectories, judge them, update the policy, measure, keep.
 
-A newcomer starts here. `Trainer` (built in setup.py) holds this rank's policy, learner, environment pool and collector.
+A newcomer starts here. `Trainer` (built in setup.py) holds a part per role of this rank: simulation, acting, learning. Ranks that learn run
+`train`; where the placement has others, these run `assist` and do what the learners order.
 """
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ import torch
 from vlarl.distributed import checkpoint, manifest
 from vlarl.distributed.fsdp import acting
 from vlarl.distributed.reduce import all_reduce_sum, barrier
+from vlarl.envs.remote import serve
 from vlarl.errors import CheckpointError
 from vlarl.learner.optim import learning_rate_at, set_learning_rates
 from vlarl.learner.targets import Targets, grpo_targets, ppo_targets
+from vlarl.learner.update import Learner
 from vlarl.policies.checkpoint import save_policy
 from vlarl.recipe.schema import Grpo, Ppo
 from vlarl.rollout.collector import concatenate
@@ -22,25 +25,27 @@ from vlarl.types import TrajectoryBatch
 from vlarl.worker.context import Context
 from vlarl.worker.evaluate import evaluate_training
 from vlarl.worker.films import film_batch
-from vlarl.worker.progress import Progress, Reporter
+from vlarl.worker.progress import Progress, Reporter, gather_spans
 from vlarl.worker.setup import Trainer
 
 
-def train(run: Context, trainer: Trainer, resume: bool) -> Progress:
+def train(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Progress:
     """Run the recipe's updates. resume: go on from the run folder's latest checkpoint."""
     progress = restore(run, trainer) if resume else Progress()
     reporter = Reporter(run, progress.update if resume else None)
     recipe = run.recipe
+    synchronize(run, trainer, progress.update)
     if progress.update == 0 and recipe.eval.every:
-        measure(run, trainer, progress, reporter)
+        measure(run, learner, progress, reporter)
     while progress.update < recipe.update.updates:
         reporter.start_update(progress)
         batch, targets = collect(run, trainer, progress.update)
-        rates = schedule(run, trainer, progress)
+        rates = schedule(run, learner, progress)
         with run.span("update"):
-            learnt = trainer.learner.update(batch, targets, progress.update)
-        trainer.policy.policy_version += 1
-        reporter.update(progress, batch, learnt | rates | signal(run, targets))
+            learnt = learner.update(batch, targets, progress.update)
+        synchronize(run, trainer, progress.update + 1)
+        trainer.orders.give("report", progress.update)
+        reporter.update(progress, batch, learnt | rates | signal(run, targets), trainer.sync.bytes)
         warm_up(run, progress, learnt)
         if due(progress.update, recipe.log.histograms_every):
             reporter.histograms(progress, batch, targets.advantage_TBJ)
@@ -49,43 +54,96 @@ def train(run: Context, trainer: Trainer, resume: bool) -> Progress:
         last = progress.update == recipe.update.updates
         better = False
         if recipe.eval.every and (last or due(progress.update, recipe.eval.every)):
-            better = measure(run, trainer, progress, reporter)
+            better = measure(run, learner, progress, reporter)
         if last or better or due(progress.update, recipe.checkpoint.every):
+            trainer.orders.give("keep", progress.update)
             keep(run, trainer, progress, better)
+    trainer.orders.give("end")
     reporter.curve()
     reporter.close()
     return progress
 
 
+def assist(run: Context, trainer: Trainer, resume: bool) -> None:
+    """A rank that does not learn: simulate, act, take new weights and checkpoint when the learners say so."""
+    progress = restore(run, trainer) if resume else Progress()
+    while True:
+        with run.waiting("orders"):
+            order, number = trainer.orders.take()
+        if order == "collect":
+            run.spans.update = number + 1
+            play(run, trainer)
+        elif order == "weights":
+            take_weights(run, trainer, number)
+        elif order == "report":
+            gather_spans(run)
+        elif order == "keep":
+            progress.update = number
+            keep(run, trainer, progress, best=False)
+        else:
+            return
+
+
 def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatch, Targets]:
     """Play this update's episodes and judge them; with dynamic sampling, replace groups that teach nothing, up to the stated cap."""
-    algorithm, rollout = run.recipe.algorithm, run.plan.rollout
+    algorithm, rollout, learners = run.recipe.algorithm, run.plan.rollout, run.world.learners
+    assert learners is not None
     rounds = 1 + (algorithm.resample_rounds if isinstance(algorithm, Grpo) else 0)
     batch: TrajectoryBatch | None = None
     for _ in range(rounds):
-        if isinstance(algorithm, Grpo):
-            trainer.feed.allow(rollout.episodes_per_slot)
-        with acting(trainer.policy.module):
-            fresh = trainer.collector.collect(trainer.sampler, run, trainer.policy.policy_version)
+        trainer.orders.give("collect", update)
+        fresh = play(run, trainer)
+        assert fresh is not None
         batch = fresh if batch is None else concatenate(batch, fresh)
         targets = judge(run, batch)
         groups = run.plan.rollout.parallel // rollout.group_size * rollout.episodes_per_slot
-        if rounds == 1 or all_reduce_sum(run.world, torch.tensor(targets.kept_groups)) >= groups:
+        if rounds == 1 or all_reduce_sum(learners, torch.tensor(targets.kept_groups)) >= groups:
             break
         batch = batch.clone()  # the collector's buffers are used again
     assert batch is not None
     return batch, targets
 
 
+def play(run: Context, trainer: Trainer) -> TrajectoryBatch | None:
+    """One collection, in this rank's roles. Returns what the rank learns from (None: it does not learn)."""
+    env, rollout, batch = trainer.env, trainer.rollout, None
+    if env is not None and isinstance(run.recipe.algorithm, Grpo):
+        env.feed.allow(run.plan.rollout.episodes_per_slot)
+    with run.span("rollout"):
+        if trainer.policy is not None and (rollout is not None or run.plan.mode == "hybrid"):
+            with acting(trainer.policy.module):  # a hybrid's env ranks lend their shards, and that is all
+                if rollout is not None:
+                    batch = rollout.collector.collect(rollout.sampler, run, trainer.policy.policy_version)
+        if env is not None and rollout is None:
+            serve(env.pool, env.lines, trainer.max_chunks, run.world.device, run)
+    with run.waiting("trajectories"), run.spans.span("route" if rollout is not None else "wait"):
+        return trainer.router.route(batch)
+
+
+def synchronize(run: Context, trainer: Trainer, version: int) -> None:
+    """The learners' weights are those after `version` updates: bring them to the ranks that act without learning."""
+    trainer.orders.give("weights", version)
+    take_weights(run, trainer, version)
+
+
+def take_weights(run: Context, trainer: Trainer, version: int) -> None:
+    """One weight sync, in this rank's role."""
+    with run.span("sync"):
+        trainer.sync.sync()
+    if trainer.policy is not None:
+        trainer.policy.policy_version = version
+
+
 def judge(run: Context, batch: TrajectoryBatch) -> Targets:
     """Advantages by the recipe's algorithm."""
-    algorithm = run.recipe.algorithm
+    algorithm, learners = run.recipe.algorithm, run.world.learners
     if isinstance(algorithm, Ppo):
-        return ppo_targets(batch, algorithm, run.world)
+        assert learners is not None
+        return ppo_targets(batch, algorithm, learners)
     return grpo_targets(batch, algorithm, run.recipe.env.horizon)
 
 
-def schedule(run: Context, trainer: Trainer, progress: Progress) -> dict[str, float]:
+def schedule(run: Context, learner: Learner, progress: Progress) -> dict[str, float]:
     """Set the learning rates of the coming update: the policy's is 0 while the critic warms up."""
     u, algorithm = run.recipe.update, run.recipe.algorithm
     start = progress.critic_ready
@@ -93,7 +151,7 @@ def schedule(run: Context, trainer: Trainer, progress: Progress) -> dict[str, fl
         start = algorithm.critic_warmup if isinstance(algorithm, Ppo) else 0
     policy = learning_rate_at(progress.update, u.learning_rate, start, u.lr_warmup, u.updates, u.lr_decay)
     value = learning_rate_at(progress.update, u.value_learning_rate, 0, 0, u.updates, u.lr_decay)
-    set_learning_rates(trainer.learner.optimizer, policy, value)
+    set_learning_rates(learner.optimizer, policy, value)
     return {"learning_rate": policy, "value_learning_rate": value}
 
 
@@ -110,15 +168,17 @@ def signal(run: Context, targets: Targets) -> dict[str, float]:
     """GRPO: how many groups were played and how many of them teach something."""
     if not targets.groups:
         return {}
-    both = all_reduce_sum(run.world, targets.weight_TB.new_tensor([targets.groups, targets.kept_groups]))
+    learners = run.world.learners
+    assert learners is not None
+    both = all_reduce_sum(learners, targets.weight_TB.new_tensor([targets.groups, targets.kept_groups]))
     return {"groups": float(both[0]), "kept_groups": float(both[1])}
 
 
-def measure(run: Context, trainer: Trainer, progress: Progress, reporter: Reporter) -> bool:
+def measure(run: Context, learner: Learner, progress: Progress, reporter: Reporter) -> bool:
     """Evaluate on episodes kept apart from training and from `vlarl eval`; True if this is the best policy so far."""
     reporter.status(progress, "evaluation")
-    with run.span("eval"), acting(trainer.policy.module):
-        scores = evaluate_training(run, trainer.policy, progress.update)
+    with run.span("eval"), acting(learner.policy.module):
+        scores = evaluate_training(run, learner.policy, progress.update)
     if reporter.sinks is not None:
         reporter.sinks.write(progress.update, scores)
         reporter.curve()
@@ -129,23 +189,22 @@ def measure(run: Context, trainer: Trainer, progress: Progress, reporter: Report
 
 
 def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None:
-    """Write a checkpoint from which the run continues exactly, and prune old ones."""
+    """Write a checkpoint from which the run continues exactly, and prune old ones. Every rank; `progress` and `best` are the learners'."""
     folder = manifest.checkpoint_folder(run.run_dir, progress.update)
-    extra = {
-        "progress": progress.state_dict(),
-        "cursor": trainer.feed.cursor,
-        "pool": trainer.pool.state_dict(),
-        "collector": trainer.collector.state_dict(),
-        "policy_version": trainer.policy.policy_version,
-    }
+    extra: dict[str, Any] = {"progress": progress.state_dict()}
+    if trainer.env is not None:
+        extra |= {"cursor": trainer.env.feed.cursor, "pool": trainer.env.pool.state_dict()}
+    if trainer.rollout is not None:
+        extra |= {"collector": trainer.rollout.collector.state_dict()}
+    policy, learner = trainer.policy, trainer.learner
     with run.span("checkpoint"):
         checkpoint.save(
             run.world,
             folder,
-            trainer.policy.module,
-            trainer.learner.optimizer,
+            learner.policy.module if learner is not None else None,
+            learner.optimizer if learner is not None else None,
             extra,
-            lambda path, state: save_policy(path, trainer.policy, state),
+            lambda path, state: save_policy(path, policy, state) if policy is not None else None,
             {"update": progress.update, "success": progress.best[0] if progress.best else progress.success},
         )
         if run.world.is_main:
@@ -156,19 +215,21 @@ def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None
 
 
 def restore(run: Context, trainer: Trainer) -> Progress:
-    """Go on exactly where the latest checkpoint was taken."""
-    folder = latest_checkpoint(run.run_dir)
-    extras, facts = checkpoint.load(run.world, folder, trainer.policy.module, trainer.learner.optimizer)
+    """Go on exactly where the latest checkpoint was taken. Every rank."""
+    folder, learner = latest_checkpoint(run.run_dir), trainer.learner
+    module, optimizer = (learner.policy.module, learner.optimizer) if learner is not None else (None, None)
+    extras, facts = checkpoint.load(run.world, folder, module, optimizer)
     if facts["ranks"] != run.world.world_size:
         raise CheckpointError(
             f"{folder} was written by {facts['ranks']} ranks, this run has {run.world.world_size}: its open episodes belong to ranks.",
             f"Resume with ranks={facts['ranks']}, or start a new run from its policy/ folder.",
         )
     extra: dict[str, Any] = extras[run.world.rank]
-    trainer.feed.cursor = list(extra["cursor"])
-    trainer.pool.load_state_dict(extra["pool"])
-    trainer.collector.load_state_dict(extra["collector"])
-    trainer.policy.policy_version = extra["policy_version"]
+    if trainer.env is not None:
+        trainer.env.feed.cursor = list(extra["cursor"])
+        trainer.env.pool.load_state_dict(extra["pool"])
+    if trainer.rollout is not None:
+        trainer.rollout.collector.load_state_dict(extra["collector"])
     return Progress.from_state(extra["progress"])
 
 

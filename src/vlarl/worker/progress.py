@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from vlarl.distributed.reduce import all_gather_objects, all_reduce_max, all_reduce_sum
+from vlarl.distributed.reduce import all_gather_objects, all_reduce_sum
 from vlarl.metrics.curve import draw_curve
 from vlarl.metrics.sinks import METRICS_FILE, MetricsWriter
 from vlarl.metrics.spans import bottleneck_line
@@ -46,8 +46,22 @@ class Progress:
         return sum(self.recent) / len(self.recent) if self.recent else None
 
 
+def gather_spans(run: Context) -> list[tuple[dict[str, float], tuple[float, float]]]:
+    """Of every rank, in order: seconds per span since the last call, and memory in bytes: the device's peak, the process's. Collective."""
+    peak = torch.cuda.max_memory_allocated() if run.world.device.type == "cuda" else 0
+    return all_gather_objects(run.world, (run.spans.totals(), (float(peak), float(psutil.Process().memory_info().rss))))
+
+
+def slowest(ranks: list[tuple[dict[str, float], tuple[float, float]]]) -> tuple[dict[str, float], tuple[float, float]]:
+    """The most that any rank spent on each span, and used of each memory."""
+    spans: dict[str, float] = {}
+    for seconds, _ in ranks:
+        spans |= {name: max(value, spans.get(name, 0.0)) for name, value in seconds.items()}
+    return spans, (max(memory[0] for _, memory in ranks), max(memory[1] for _, memory in ranks))
+
+
 class Reporter:
-    """Writes metrics, curve and status. Only rank 0 has sinks; every rank takes part in the sums."""
+    """Writes metrics, curve and status. Only the main rank has sinks; every learner takes part in the sums."""
 
     def __init__(self, run: Context, resume_from: int | None) -> None:
         self._run = run
@@ -61,10 +75,12 @@ class Reporter:
         self._run.spans.update = progress.update + 1
         self._started = time.perf_counter()
 
-    def update(self, progress: Progress, batch: TrajectoryBatch, learnt: dict[str, float]) -> None:
-        """File one update: counters, metrics row, status. Collective."""
-        run, world = self._run, self._run.world
+    def update(self, progress: Progress, batch: TrajectoryBatch, learnt: dict[str, float], sync_bytes: int) -> None:
+        """File one update: counters, metrics row, status. Collective; ranks that do not learn take part by `gather_spans`."""
+        run, world = self._run, self._run.world.learners
+        assert world is not None
         seconds = time.perf_counter() - self._started
+        spans, memory = slowest(gather_spans(run))
         sums = all_reduce_sum(world, torch.tensor([float(batch.valid_TBK.sum()), float(batch.active_TB.sum())], dtype=torch.float64))
         frames, chunks = sums.tolist()
         # Ordered by uid, so that the list is the same on any number of ranks.
@@ -74,12 +90,8 @@ class Reporter:
         progress.episodes += len(episodes)
         progress.seconds += seconds
         progress.recent = (progress.recent + [e.success for e in episodes])[-RECENT_EPISODES:]
-        spans = run.spans.totals()
-        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
-        memory = all_reduce_max(world, torch.tensor([float(peak), float(psutil.Process().memory_info().rss)], dtype=torch.float64))
         if self.sinks is None:
             return
-        rollout = sum(spans.get(n, 0.0) for n in ("rollout/env", "rollout/act", "rollout/other"))
         row = {
             "rollout/frames": progress.frames,
             "rollout/chunks": chunks,
@@ -87,13 +99,15 @@ class Reporter:
             "time/total_seconds": progress.seconds,
             "time/minutes": progress.seconds / 60,
             "time/update_wall_seconds": seconds,
-            "time/rollout_seconds": rollout,
+            "time/rollout_seconds": spans.get("rollout", 0.0),
             "time/env_seconds": spans.get("rollout/env", 0.0),
             "time/act_seconds": spans.get("rollout/act", 0.0),
             "time/update_seconds": spans.get("update", 0.0),
             "time/sync_seconds": spans.get("sync", 0.0),
-            "memory/device_peak_bytes": memory[0].item(),
-            "memory/host_rss_bytes": memory[1].item(),
+            "time/route_seconds": spans.get("route", 0.0),
+            "sync/bytes": sync_bytes,
+            "memory/device_peak_bytes": memory[0],
+            "memory/host_rss_bytes": memory[1],
             "train/episodes": len(episodes),
             "train/successes": sum(e.success for e in episodes),
         }

@@ -1,34 +1,67 @@
 """Owns the building of a rank's parts from its plan: policy, simulators, pools, learner."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vlarl.distributed.fsdp import shard
+from vlarl.distributed.links import Links, Orders
+from vlarl.distributed.routing import Router
+from vlarl.distributed.weight_sync import WeightSync
 from vlarl.envs.base import BatchedEnv, simulator_class
-from vlarl.envs.pool import Feed, FinalFrames, LocalPool
+from vlarl.envs.pool import EnvPool, Feed, FinalFrames, LocalPool
+from vlarl.envs.remote import Line, RemotePool
+from vlarl.envs.spec import EnvSpec
 from vlarl.learner.optim import build_optimizer
 from vlarl.learner.update import Learner
+from vlarl.plan.placement import PlacementPlan, stage_parts
+from vlarl.plan.specs import policy_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import load_policy
-from vlarl.recipe.schema import Env, Ppo
+from vlarl.policies.spec import PolicySpec
+from vlarl.recipe.schema import Env, Grpo, Ppo
 from vlarl.rollout.collector import Collector
 from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
-from vlarl.rollout.play import Sampler
+from vlarl.rollout.play import Policy, Sampler
 from vlarl.worker.context import Context
+
+MakeEnv = Callable[[int], BatchedEnv]  # from a number of slots to a simulator of so many
+
+
+@dataclass
+class Simulation:
+    """The env role. lines: to the ranks that act for its slots, where this rank does not itself."""
+
+    feed: TrainingFeed
+    pool: LocalPool
+    lines: Sequence[Line]
+
+
+@dataclass
+class Acting:
+    """The rollout role."""
+
+    collector: Collector
+    sampler: Sampler
 
 
 @dataclass
 class Trainer:
-    """What the training loop works with on this rank."""
+    """What the training loop works with on this rank: one part per role, None for the roles of others.
 
-    policy: VLAPolicy
-    learner: Learner
-    feed: TrainingFeed
-    pool: LocalPool
-    collector: Collector
-    sampler: Sampler
+    policy: sharded on a learner, whole where it only acts, None on a rank that only simulates. max_chunks: of one collection, per slot.
+    """
+
+    env: Simulation | None
+    rollout: Acting | None
+    learner: Learner | None
+    policy: VLAPolicy | None
+    max_chunks: int
+    orders: Orders
+    router: Router
+    sync: WeightSync
 
 
 def build_policy(run: Context, trainable: bool, source: str | None = None) -> VLAPolicy:
@@ -47,6 +80,17 @@ def shard_policy(run: Context, policy: VLAPolicy) -> VLAPolicy:
     checkpointing = run.recipe.update.activation_checkpointing and any(p.requires_grad for p in policy.module.parameters())
     units = policy.module.fsdp_units()
     shard(policy.module, run.world.learner, run.compute_dtype, units, activation_checkpointing=checkpointing)
+    return policy
+
+
+def place_policy(run: Context, policy: VLAPolicy | None) -> VLAPolicy | None:
+    """The policy as this rank's roles need it: sharded where it learns, whole where it only acts, else None."""
+    if policy is None or "learner" in run.rank_plan.roles:
+        return policy and shard_policy(run, policy)
+    if "rollout" not in run.rank_plan.roles:
+        return None
+    for p in policy.module.parameters():
+        p.data = p.data.to(run.compute_dtype)  # as FSDP2 casts what it gathers; buffers keep their dtype there, too
     return policy
 
 
@@ -72,36 +116,59 @@ def build_env(run: Context, slots: int, variation: str | None = None, tasks: tup
 
 
 def build_pool(
-    run: Context, feed: Feed, slots: tuple[int, int], stages: int, chunk: int, final_frames: FinalFrames, variation: str | None = None
+    make_env: MakeEnv, feed: Feed, slots: tuple[int, int], stages: int, chunk: int, final_frames: FinalFrames
 ) -> LocalPool:
     """A pool of the global slots [slots[0], slots[1]) in `stages` parts, playing `chunk` actions at a time."""
     per_stage = (slots[1] - slots[0]) // stages
-    envs = [build_env(run, per_stage, variation) for _ in range(stages)]
-    return LocalPool(envs, slots[0], per_stage, chunk, feed, final_frames)
+    return LocalPool([make_env(per_stage) for _ in range(stages)], slots[0], per_stage, chunk, feed, final_frames)
 
 
-def build_sampler(run: Context, policy: VLAPolicy, seed: int, temperature: float, top_k: int) -> Sampler:
+def build_sampler(policy: Policy, spec: PolicySpec, seed: int, temperature: float, top_k: int) -> Sampler:
     """The policy as an actor whose noise is keyed by `seed`."""
-    return Sampler(policy, seed, policy.spec.chunk * policy.spec.action_dim, temperature, top_k)
+    return Sampler(policy, seed, spec.chunk * spec.action_dim, temperature, top_k)
 
 
-def build_trainer(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) -> Trainer:
-    """Everything the training loop needs on this rank."""
-    recipe, rollout = run.recipe, run.plan.rollout
-    algorithm = recipe.algorithm
+def build_learner(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) -> Learner:
+    """What learns from the batches of all learner ranks."""
+    recipe, world = run.recipe, run.world.learners
+    assert world is not None, "learners have a world of their own"
     optimizer, dump_dir = build_optimizer_for(run, policy), run.run_dir / "refused"
-    learner = Learner(policy, reference, optimizer, run.world, algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir)
-    slots = run.rank_plan.slots
-    schedule = TrainingSchedule(recipe.seed, rollout.parallel, len(recipe.env.tasks), rollout.group_size)
-    feed = TrainingFeed(schedule, range(*slots))
-    critic = isinstance(algorithm, Ppo)
-    final_frames: FinalFrames = "none"
-    if isinstance(algorithm, Ppo):
-        final_frames = "all" if algorithm.bootstrap == "always" else "truncated"
-    spec = policy.spec
-    pool = build_pool(run, feed, slots, rollout.stages, spec.chunk, final_frames)
-    values = (spec.chunk if recipe.policy.value == "action" else 1) if critic else 0
-    max_chunks = rollout.chunk_steps or rollout.episodes_per_slot * rollout.chunks_per_episode
-    collector = Collector(pool, max_chunks, spec.chunk, spec.chunk * spec.action_dim, values, run.master_dtype)
-    sampler = build_sampler(run, policy, recipe.seed, recipe.rollout.temperature, recipe.rollout.top_k)
-    return Trainer(policy, learner, feed, pool, collector, sampler)
+    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir)
+
+
+def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | None, make_env: MakeEnv, seen: EnvSpec) -> Trainer:
+    """Everything the training loop needs on this rank. seen: what the simulators made by `make_env` offer. Collective."""
+    recipe, plan, me, spec = run.recipe, run.plan, run.rank_plan, policy_spec(run.recipe)
+    algorithm, stages, chunk = recipe.algorithm, plan.rollout.stages, spec.chunk
+    max_chunks = plan.rollout.chunk_steps or plan.rollout.episodes_per_slot * plan.rollout.chunks_per_episode
+    links = Links(run.world, plan)
+    lines = _lines(plan, me.rank, links)
+    pool: EnvPool
+    env, rollout = None, None
+    if "env" in me.roles:
+        schedule = TrainingSchedule(recipe.seed, plan.rollout.parallel, len(recipe.env.tasks), plan.rollout.group_size)
+        feed = TrainingFeed(schedule, range(*me.slots))
+        env = Simulation(feed, build_pool(make_env, feed, me.slots, stages, chunk, _final_frames(algorithm)), lines)
+    if "rollout" in me.roles:
+        assert policy is not None
+        pool = env.pool if env is not None else RemotePool(seen, lines, chunk, max_chunks, run.world.device)
+        values = 0 if not isinstance(algorithm, Ppo) else chunk if recipe.policy.value == "action" else 1
+        collector = Collector(pool, max_chunks, chunk, chunk * spec.action_dim, values, run.master_dtype)
+        rollout = Acting(collector, build_sampler(policy, spec, recipe.seed, recipe.rollout.temperature, recipe.rollout.top_k))
+    orders = Orders(run.world, plan, links)
+    sync = WeightSync(run.world, plan, policy.module if policy is not None else None, run.compute_dtype)
+    return Trainer(env, rollout, learner, policy, max_chunks, orders, Router(me.rank, plan, links), sync)
+
+
+def _final_frames(algorithm: Ppo | Grpo) -> FinalFrames:
+    if not isinstance(algorithm, Ppo):
+        return "none"
+    return "all" if algorithm.bootstrap == "always" else "truncated"
+
+
+def _lines(plan: PlacementPlan, rank: int, links: Links) -> list[Line]:
+    """Who this rank talks to about which slots, stage by stage; nobody where it simulates and acts itself."""
+    stages = plan.rollout.stages
+    parts = [(s, part) for s in range(stages) for part in stage_parts(plan.ranks, stages, s)]
+    mine = [(s, part) for s, part in parts if rank in (part.env_rank, part.rollout_rank) and part.env_rank != part.rollout_rank]
+    return [Line(links.to(p.rollout_rank if p.env_rank == rank else p.env_rank), s, p.start, p.end) for s, p in mine]

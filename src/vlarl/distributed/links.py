@@ -1,0 +1,124 @@
+"""Owns messages between two ranks: tensors sent in a fixed order, each wait with a deadline that names the peer; and the learners' orders.
+
+Observations and actions have a process group each: a GPU's communicator works off its operations one after another, so a receive that
+waits in one direction would hold up a send in the other. Everything else travels over the control group, from host to host.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlarl.distributed.mesh import World
+from vlarl.errors import WorkerError
+from vlarl.plan.placement import PlacementPlan
+
+Kind = Literal["observations", "actions", "trajectories", "orders"]
+Order = Literal["collect", "weights", "report", "keep", "end"]
+
+TAGS: dict[Kind, int] = {"observations": 1, "actions": 2, "trajectories": 3, "orders": 4}
+ORDERS: tuple[Order, ...] = ("collect", "weights", "report", "keep", "end")
+PATIENCE = 10  # deadlines that a whole phase of other ranks may last; they prove meanwhile by their heartbeats that they are alive
+POLL_SECONDS = 50e-6
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A message under way. what: what is waited for, with the peer, in words. on_gpu: its work does not block the host."""
+
+    work: dist.Work
+    what: str
+    seconds: float
+    on_gpu: bool
+
+    def wait(self) -> None:
+        """Block until the tensor may be read (received) or written again (sent). Raises WorkerError naming the peer."""
+        try:
+            if self.on_gpu:
+                self._poll()
+            else:
+                self.work.wait(timedelta(seconds=self.seconds))
+        except (dist.DistError, RuntimeError) as error:
+            message = f"Waited in vain for {self.what} (deadline {self.seconds:.0f} s): {error}"
+            raise WorkerError(message, "The rank that failed first says why in its own log.") from error
+
+    def _poll(self) -> None:
+        deadline = time.monotonic() + self.seconds
+        while not self.work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError("nothing came")
+            time.sleep(POLL_SECONDS)
+        self.work.wait()
+
+
+class Link:
+    """Messages to and from one peer; both sides send and receive those of a kind in the same order. Tensors are contiguous; observations
+    and actions lie on the world's device, the rest on the host."""
+
+    def __init__(self, world: World, peer: int, name: str, groups: dict[Kind, dist.ProcessGroup | None]) -> None:
+        """peer: global rank. name: it and its roles, in words."""
+        self._world, self._peer, self._name, self._groups = world, peer, name, groups
+
+    def send(self, tensor: Tensor, kind: Kind) -> Pending:
+        """Start sending; leave `tensor` alone until the message is done."""
+        work = dist.isend(tensor, self._peer, self._groups[kind], TAGS[kind])
+        return self._pending(work, f"{self._name} to take {kind}", kind)
+
+    def recv(self, tensor: Tensor, kind: Kind) -> Pending:
+        """Start receiving into `tensor`."""
+        work = dist.irecv(tensor, self._peer, self._groups[kind], TAGS[kind])
+        return self._pending(work, f"{kind} of {self._name}", kind)
+
+    def _pending(self, work: dist.Work | None, what: str, kind: Kind) -> Pending:
+        assert work is not None, "both ranks are members of the group"
+        rollout = kind in ("observations", "actions")
+        seconds = self._world.timeout_seconds * (1 if rollout else PATIENCE)
+        return Pending(work, what, seconds, rollout and self._world.device.type == "cuda")
+
+
+class Links:
+    """A rank's links to its peers. Collective to build."""
+
+    def __init__(self, world: World, plan: PlacementPlan) -> None:
+        self._world, self._plan = world, plan
+        self._groups: dict[Kind, dist.ProcessGroup | None] = {"trajectories": world.control, "orders": world.control}
+        split = any(r.roles != plan.ranks[0].roles for r in plan.ranks)
+        kinds: tuple[Kind, ...] = ("observations", "actions")
+        for kind in kinds:  # gloo tells kinds apart by their tags
+            self._groups[kind] = dist.new_group() if split and world.device.type == "cuda" else None
+
+    def to(self, peer: int) -> Link:
+        """The link to global rank `peer`."""
+        return Link(self._world, peer, describe(self._plan, peer), self._groups)
+
+
+def describe(plan: PlacementPlan, rank: int) -> str:
+    """A rank and its roles, in words."""
+    return f"rank {rank} ({', '.join(plan.ranks[rank].roles)})"
+
+
+class Orders:
+    """What the learners ask of the ranks that do not learn, so that all do the same things in the same order. Nothing where all learn."""
+
+    def __init__(self, world: World, plan: PlacementPlan, links: Links) -> None:
+        self._main = world.is_main
+        self._helpers = [links.to(r.rank) for r in plan.ranks if "learner" not in r.roles]
+        self._master = links.to(world.main)
+
+    def give(self, order: Order, number: int = 0) -> None:
+        """Learners: ask every helper for `order`. number: what it is about, such as an update."""
+        if self._main:
+            message = torch.tensor([ORDERS.index(order), number])
+            for pending in [helper.send(message, "orders") for helper in self._helpers]:
+                pending.wait()
+
+    def take(self) -> tuple[Order, int]:
+        """Helpers: wait for the next order."""
+        message = torch.zeros(2, dtype=torch.int64)
+        self._master.recv(message, "orders").wait()
+        return ORDERS[int(message[0])], int(message[1])

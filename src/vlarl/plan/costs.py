@@ -1,0 +1,119 @@
+"""Owns the prediction of one iteration: a discrete-event simulation of a plan's rollout, and the update after it. Pure, torch-free.
+
+What is simulated is what ranks do: env and rollout ranks take the stages in the same fixed order; a rollout rank acts on a stage once
+all env ranks of it have delivered, an env rank simulates it once all actions are back; a rank does one thing at a time.
+Episodes are taken to begin together and to last until the horizon; a critic then looks at their last frames as well.
+Not modelled: episodes that end earlier, trajectories on their way to the learners, gathering weights where the actors learn.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from vlarl.plan.placement import PlacementPlan, StagePart, stage_parts
+from vlarl.plan.profile import Profile
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One iteration. frames: environment steps. env_seconds, act_seconds: of the busiest rank. overlap_efficiency: the larger of the two,
+    over rollout_seconds. idle: share of the iteration that a rank does nothing, by rank."""
+
+    frames: int
+    seconds: float
+    rollout_seconds: float
+    update_seconds: float
+    sync_seconds: float
+    env_seconds: float
+    act_seconds: float
+    overlap_efficiency: float
+    idle: tuple[float, ...]
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of the whole iteration, as the papers count."""
+        return self.frames / self.seconds
+
+
+def predict(plan: PlacementPlan, profile: Profile) -> Prediction:
+    """Simulate one iteration of `plan` in which every device costs what `profile` says; frames are counted by the profile's chunks."""
+    clock = simulate_rollout(plan, profile)
+    chunks, epochs = _chunk_steps(plan), plan.update.epochs
+    learning = {
+        r.rank: profile.update((r.sample_slots[1] - r.sample_slots[0]) * chunks, epochs) for r in plan.ranks if "learner" in r.roles
+    }
+    update = max(learning.values())
+    separate = any("rollout" in r.roles and "learner" not in r.roles for r in plan.ranks)
+    sync = profile.sync_seconds if separate else 0.0
+    seconds = clock.end + update + sync
+    env, act = max(clock.env.values()), max(clock.act.values())
+    busy = [clock.env[r.rank] + clock.act[r.rank] + learning.get(r.rank, 0.0) for r in plan.ranks]
+    return Prediction(
+        frames=plan.rollout.parallel * chunks * profile.actions_per_chunk,
+        seconds=seconds,
+        rollout_seconds=clock.end,
+        update_seconds=update,
+        sync_seconds=sync,
+        env_seconds=env,
+        act_seconds=act,
+        overlap_efficiency=max(env, act) / clock.end if clock.end else 1.0,
+        idle=tuple(max(0.0, 1 - b / seconds) if seconds else 0.0 for b in busy),
+    )
+
+
+class Clock:
+    """When each rank is free again, and how long it has simulated and acted. Seconds since the rollout began."""
+
+    def __init__(self) -> None:
+        self.free: dict[int, float] = defaultdict(float)
+        self.env: dict[int, float] = defaultdict(float)
+        self.act: dict[int, float] = defaultdict(float)
+        self.end = 0.0
+
+    def work(self, rank: int, ready: float, seconds: float, done: dict[int, float]) -> float:
+        """`rank` works for `seconds` as soon as it is free and its input is `ready`; returns when it is through."""
+        self.free[rank] = max(self.free[rank], ready) + seconds
+        done[rank] += seconds
+        self.end = max(self.end, self.free[rank])
+        return self.free[rank]
+
+
+def simulate_rollout(plan: PlacementPlan, profile: Profile) -> Clock:
+    """Play the plan's chunk steps. A critic looks at every stage once more after the last one, to bootstrap from."""
+    steps, critic = _chunk_steps(plan), plan.rollout.chunk_steps > 0
+    stages = [stage_parts(plan.ranks, plan.rollout.stages, s) for s in range(plan.rollout.stages)]
+    by_env = [_slots(parts, "env_rank") for parts in stages]
+    by_rollout = [_slots(parts, "rollout_rank") for parts in stages]
+    clock = Clock()
+    seen: dict[tuple[int, int], float] = defaultdict(float)  # (stage, env rank) -> when its observations were ready
+    chosen: dict[tuple[int, int], float] = {}  # (stage, rollout rank) -> when its actions were
+    for t in range(steps + 1):
+        frames = 2 if critic and t > 0 and t % plan.rollout.chunks_per_episode == 0 else 1
+        for s, parts in enumerate(stages):
+            if t > 0:
+                for rank, slots in by_env[s].items():
+                    came = max(chosen[s, p.rollout_rank] + _travel(p, profile) for p in parts if p.env_rank == rank)
+                    seen[s, rank] = clock.work(rank, came, profile.env(slots), clock.env)
+            if t < steps or critic:
+                for rank, slots in by_rollout[s].items():
+                    came = max(seen[s, p.env_rank] + _travel(p, profile) for p in parts if p.rollout_rank == rank)
+                    chosen[s, rank] = clock.work(rank, came, profile.act(frames * slots), clock.act)
+    return clock
+
+
+def _chunk_steps(plan: PlacementPlan) -> int:
+    """Chunks that every slot plays per update, at most."""
+    return plan.rollout.chunk_steps or plan.rollout.episodes_per_slot * plan.rollout.chunks_per_episode
+
+
+def _slots(parts: tuple[StagePart, ...], side: Literal["env_rank", "rollout_rank"]) -> dict[int, int]:
+    counts: dict[int, int] = defaultdict(int)
+    for part in parts:
+        counts[getattr(part, side)] += part.end - part.start
+    return counts
+
+
+def _travel(part: StagePart, profile: Profile) -> float:
+    return profile.message(part.end - part.start) if part.env_rank != part.rollout_rank else 0.0

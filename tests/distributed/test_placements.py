@@ -1,0 +1,119 @@
+"""Owns the claim that placement changes speed, never results: one recipe, every placement, the same first rollout and the same weights."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_processes
+from torch import Tensor
+
+from vlarl import serial
+from vlarl.distributed.fsdp import full_state_dict
+from vlarl.learner.update import Learner
+from vlarl.plan.cluster import Cluster
+from vlarl.plan.compile import compile_plan
+from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.recipe.load import load_recipe
+from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe
+from vlarl.types import TrajectoryBatch
+from vlarl.worker import jobs, loop
+from vlarl.worker.context import Context
+from vlarl.worker.progress import Progress
+from vlarl.worker.setup import Trainer
+
+DEBUG = Path(__file__).parents[2] / "recipes" / "debug.yaml"
+ALGORITHMS = {
+    "ppo": Ppo(chunks_per_update=4, critic_warmup=0, value_clip=None),
+    "grpo": Grpo(group_size=2, episodes_per_update=16),
+}
+PLACEMENTS = {
+    "collocated": Placement(mode="collocated"),
+    "disaggregated": Placement(mode="disaggregated", env="1", rollout="1", learner="2"),
+    "hybrid": Placement(mode="hybrid", env="2", rollout="2"),
+    "hybrid in 2 stages": Placement(mode="hybrid", env="2", rollout="2", stages=2),
+}
+
+
+def recipe_for(algorithm: str, placement: Placement, ranks: int) -> Recipe:
+    """Two updates from random weights in float64. Eight slots, so that each of four ranks and two stages holds a group of two."""
+    recipe = load_recipe(DEBUG, [])
+    return replace(
+        recipe,
+        dtype="float64",
+        device="cpu",
+        ranks=ranks,
+        threads=1,
+        stall_seconds=100.0,
+        algorithm=ALGORITHMS[algorithm],
+        placement=placement,
+        env=replace(recipe.env, reward="shaped"),
+        update=replace(recipe.update, updates=2, learning_rate=1e-3),
+        eval=replace(recipe.eval, every=0, videos=0),
+        checkpoint=replace(recipe.checkpoint, every=0),
+        log=replace(recipe.log, tensorboard=False, histograms_every=0, video_every=0),
+    )
+
+
+def run_folder(path: Path, recipe: Recipe) -> Path:
+    path.mkdir()
+    cluster = Cluster(cores=4, host_bytes=1 << 40)
+    plan = compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env))
+    (path / "recipe.json").write_text(serial.dumps(recipe))
+    (path / "plan.json").write_text(serial.dumps(plan))
+    return path
+
+
+def _train(run_dir: Path) -> dict[str, Any]:
+    """A rank's whole job; what it learnt from first, and the weights in the end (of the first learner)."""
+    torch.set_num_threads(1)
+    seen: dict[str, Any] = {}
+    collect, train = loop.collect, jobs.train
+
+    def watch(run: Context, trainer: Trainer, update: int) -> Any:
+        batch, targets = collect(run, trainer, update)
+        seen.setdefault("batch", batch.clone())
+        return batch, targets
+
+    def finish(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Progress:
+        progress = train(run, trainer, learner, resume)
+        seen["weights"] = full_state_dict(learner.policy.module)
+        return progress
+
+    loop.collect, jobs.train = watch, finish  # type: ignore[assignment]
+    jobs.run_job("train", run_dir, (), False)
+    return seen
+
+
+def trained(folder: Path, algorithm: str, placement: Placement, ranks: int) -> tuple[list[TrajectoryBatch], dict[str, Tensor]]:
+    run_dir = run_folder(folder, recipe_for(algorithm, placement, ranks))
+    results = run_processes(ranks, _train, run_dir, seconds=500.0)
+    return [r["batch"] for r in results if "batch" in r], next(r["weights"] for r in results if r.get("weights"))
+
+
+def first_rollout(batches: list[TrajectoryBatch]) -> dict[str, Any]:
+    """What was played, slot by slot: episodes, observations, actions."""
+    columns = {}
+    for batch in batches:
+        for b, slot in enumerate(batch.slot_B.tolist()):
+            active = batch.active_TB[:, b]
+            sentences = [batch.instructions[i] for i in batch.instruction_TB[active, b].tolist()]
+            tensors = (batch.token_TBN, batch.reward_TBK, batch.image_TBVHWC, batch.terminated_TBK, batch.truncated_TBK)
+            columns[slot] = [t[active.nonzero()[:, 0], b].tolist() for t in tensors] + [sentences]
+    episodes = {(e.spec, e.slot, e.success, e.length) for batch in batches for e in batch.episodes}
+    return {"columns": dict(sorted(columns.items())), "episodes": sorted(episodes, key=lambda e: e[0].uid)}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_placement_never_changes_results(tmp_path: Path, algorithm: str) -> None:
+    alone, weights = trained(tmp_path / "alone", algorithm, Placement(mode="collocated"), 1)
+    expected = first_rollout(alone)
+    assert len(expected["columns"]) == 8
+    start = torch.cat([w.flatten() for w in weights.values() if w.is_floating_point()])
+    for name, placement in PLACEMENTS.items():
+        batches, other = trained(tmp_path / name, algorithm, placement, 4)
+        assert first_rollout(batches) == expected, name
+        end = torch.cat([w.flatten() for w in other.values() if w.is_floating_point()])
+        assert (end - start).abs().max() <= 1e-9, (name, float((end - start).abs().max()))
