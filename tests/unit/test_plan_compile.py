@@ -93,7 +93,7 @@ def test_gpus_and_nodes() -> None:
             "Use 1, 2, 4, 8 or 16, or set env.parallel to 63 or 66.",
         ),
         ({"algorithm": Grpo(group_size=8), "ranks": 16}, {}, "algorithm.group_size = 8 (default): a group stays on one rank"),
-        ({"placement": Placement(mode="hybrid"), "ranks": 1}, {}, "placement.mode = hybrid (default): needs at least 2 ranks, one per role"),
+        ({"placement": Placement(mode="hybrid"), "ranks": 1}, {}, "placement.mode = hybrid (default): needs at least 2 ranks"),
         ({"threads": 9}, {}, "want 9 cores and there are 8"),
         ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
         ({"update": Update(minibatches=769), "ranks": 1}, {}, "Use at most 768."),
