@@ -83,7 +83,7 @@ def _train(run_dir: Path) -> dict[str, Any]:
         return progress
 
     loop.collect, jobs.train = watch, finish  # type: ignore[assignment]
-    jobs.run_job("train", run_dir, (), False)
+    jobs.run_job("train", run_dir, jobs.JobOptions())
     return seen
 
 

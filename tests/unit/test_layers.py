@@ -34,10 +34,11 @@ ALLOWED = {
     "rollout": ("errors", "rng", "types", "envs.spec", "envs.base", "envs.pool", "policies.base"),
     "learner": ("errors", "rng", "types", "recipe.schema", "envs.base", "envs.pool", "policies", "algorithms", "distributed"),
     "evaluation": ("errors", "rng", "types", "envs.spec", "envs.base", "envs.pool", "policies.base", "rollout"),
+    "emulate": ("errors", "types", "envs.spec", "plan.profile", "policies.spec", "distributed", "learner.targets"),
     # Composition roots.
     "worker": (
         *("errors", "rng", "serial", "types", "recipe.schema", "plan.placement", "plan.profile", "plan.specs", "launch.lifeline"),
-        *("envs", "policies", "algorithms"),
+        *("envs", "policies", "algorithms", "emulate"),
         *("metrics", "distributed", "rollout", "learner", "evaluation"),
     ),
 }

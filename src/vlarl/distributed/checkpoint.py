@@ -43,7 +43,7 @@ def save(
 
     module, optimizer: None on the ranks that do not learn.
     extra: this rank's own state: plain Python values and tensors (episode scheduler, open episodes, counters).
-    write_policy(path, state): called on the main rank with an existing empty folder and the whole weights (CPU), writes the policy.
+    write_policy(path, state): called on the main rank with an empty folder and the whole weights (CPU), writes the policy for `eval`.
     manifest: JSON values to keep with it (update, versions, scores), of the main rank.
     Raises MachineError if the disk is full or the folder unwritable; then nothing of it is left, and older checkpoints are untouched.
     """

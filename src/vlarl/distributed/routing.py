@@ -40,7 +40,7 @@ class Router:
         parts = []
         for peer, slots in self._to.items():
             assert batch is not None
-            part = _extract(batch, slots)
+            part = take_slots(batch, slots)
             if peer == self._rank:
                 parts.append(part)
             else:
@@ -109,7 +109,7 @@ def _receive(link: Link) -> TrajectoryBatch:
     )
 
 
-def _extract(batch: TrajectoryBatch, slots: Sequence[int]) -> TrajectoryBatch:
+def take_slots(batch: TrajectoryBatch, slots: Sequence[int]) -> TrajectoryBatch:
     """The columns of `slots`, with the episodes that finished in them."""
     column = {slot: b for b, slot in enumerate(batch.slot_B.tolist())}
     index = torch.tensor([column[slot] for slot in slots])

@@ -157,10 +157,10 @@ class _ActorEnd:
 
     def __init__(self, line: Line, spec: EnvSpec, chunk: int, max_chunks: int, device: torch.device) -> None:
         self.line = line
-        self._steps = [_StepMessage(len(line), spec, chunk, device) for _ in range(2)]
+        self._steps = [StepMessage(len(line), spec, chunk, device) for _ in range(2)]
         self._actions = [torch.zeros(len(line), chunk, spec.action_dim, device=device) for _ in range(2)]
         self._sending: list[Pending | None] = [None, None]
-        self._nothing = _StepMessage(len(line), spec, chunk, device)
+        self._nothing = StepMessage(len(line), spec, chunk, device)
         self._nothing.write_idle()
         self._turns = _Turns(max_chunks)
         self._arriving: Pending | None = None
@@ -212,7 +212,7 @@ class _EnvEnd:
     def __init__(self, line: Line, first: int, spec: EnvSpec, chunk: int, max_chunks: int, device: torch.device) -> None:
         self.line = line
         self._rows = slice(line.start - first, line.end - first)
-        self._steps = [_StepMessage(len(line), spec, chunk, device) for _ in range(2)]
+        self._steps = [StepMessage(len(line), spec, chunk, device) for _ in range(2)]
         self._sending: list[list[Pending]] = [[], []]
         self._action = torch.zeros(len(line), chunk, spec.action_dim, device=device)
         self._arriving: Pending | None = None
@@ -265,7 +265,7 @@ class _Frames:
         return _read_frames(self._view, self._view)
 
 
-class _StepMessage:
+class StepMessage:
     """One line's EnvStep in one flat buffer, pictures last; final frames travel in a second message where there are any."""
 
     def __init__(self, rows: int, spec: EnvSpec, chunk: int, device: torch.device) -> None:

@@ -73,14 +73,14 @@ def play(pool: EnvPool, sampler: Sampler, recorder: Recorder, spans: Spans, max_
             rows = torch.tensor(active, dtype=torch.int64)
             with spans.span("rollout/act"):
                 chunk = _ask(sampler, step, rows, critic) if not last or critic else None
-            with spans.span("rollout/other"):
-                recorder.record(stage, t, step, rows[:0] if last and not critic else rows, chunk)
             if last:
                 open_stages.remove(stage)
-                continue
-            assert chunk is not None
-            with spans.span(pool.span):
-                pool.send(stage, _spread(chunk.action_BKA, rows, len(step.episode)))
+            else:
+                assert chunk is not None
+                with spans.span(pool.span):  # before recording: somebody may be waiting for it
+                    pool.send(stage, _spread(chunk.action_BKA, rows, len(step.episode)))
+            with spans.span("rollout/other"):
+                recorder.record(stage, t, step, rows[:0] if last and not critic else rows, chunk)
         t += 1
     return t - 1
 
@@ -97,7 +97,12 @@ def _ask(sampler: Sampler, step: EnvStep, rows: Tensor, critic: bool) -> ActionC
         obs = Observation(image, torch.cat([obs.state_BD, final.state_BD]), obs.instruction + final.instruction)
         uid = torch.cat([uid, uid.new_full((len(final),), -1)])
         chunk_index = torch.cat([chunk_index, chunk_index.new_zeros(len(final))])
-    return sampler(obs, uid, chunk_index) if len(obs) else None
+    if len(obs) == 0:
+        return None
+    chunk = sampler(obs, uid, chunk_index)
+    if chunk.action_BKA.is_cuda:
+        torch.cuda.current_stream().synchronize()  # the time belongs to acting; the recorder would wait for it anyway
+    return chunk
 
 
 def _spread(action_RKA: Tensor, rows: Tensor, slots: int) -> Tensor:

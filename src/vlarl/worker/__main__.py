@@ -1,4 +1,4 @@
-"""Owns the entry of a worker rank: `python -m vlarl.worker --run-dir D --job train|sft|eval`, started by torchrun or by hand.
+"""Owns the entry of a worker rank: `python -m vlarl.worker --run-dir D --job J`, started by torchrun or by hand.
 
 Exit codes: 0, EXIT_USER for a mistake the user can mend, EXIT_WORKER for anything else. The cause is left in logs/rank{r}.error.json.
 """
@@ -23,15 +23,19 @@ def main(arguments: list[str]) -> int:
     """Run one job in this process."""
     parser = argparse.ArgumentParser(prog="vlarl.worker")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--job", choices=("train", "sft", "eval"), default="train")
+    parser.add_argument("--job", choices=("train", "sft", "eval", "bench", "profile"), default="train")
     parser.add_argument("--resume", action="store_true", help="train: go on from the newest checkpoint")
     parser.add_argument("--variations", default="", help="eval: comma-separated scene distributions; empty: the recipe's")
+    parser.add_argument("--updates", type=int, default=3, help="bench: timed updates")
+    parser.add_argument("--warmup", type=int, default=1, help="bench: updates before them")
+    parser.add_argument("--emulate", type=Path, help="bench: a profile.json whose costs are slept instead of computed")
     options = parser.parse_args(arguments)
     hold()
-    from vlarl.worker.jobs import run_job  # torch and transformers: seconds, so not before the arguments are known to be good
+    from vlarl.worker.jobs import JobOptions, run_job  # torch and transformers: seconds, so after the arguments
 
+    variations = tuple(v for v in options.variations.split(",") if v)
     try:
-        run_job(options.job, options.run_dir, tuple(v for v in options.variations.split(",") if v), options.resume)
+        run_job(options.job, options.run_dir, JobOptions(variations, options.resume, options.updates, options.warmup, options.emulate))
     except VlarlError as error:
         _record(options.run_dir, "user" if error.exit_code != EXIT_WORKER else "crash", error.message, error.hint)
         print(f"error: {error}", file=sys.stderr)

@@ -1,40 +1,63 @@
-"""Owns the three jobs of a worker rank: train, sft (warm start alone) and eval, each from the run folder's files to its result.json."""
+"""Owns the jobs of a worker rank: train, sft (warm start alone), eval, bench and profile, each from the run folder to its result.json."""
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlarl import serial
 from vlarl.distributed.fsdp import acting
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
 from vlarl.evaluation.report import result_table
+from vlarl.learner.update import Learner
 from vlarl.metrics.status import write_status
+from vlarl.plan.profile import Profile
 from vlarl.plan.specs import simulator_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.layout import resolve_folder
+from vlarl.worker.bench import bench, build_emulated, measure_costs
 from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
-from vlarl.worker.loop import assist, train
+from vlarl.worker.loop import Updates, assist, train
 from vlarl.worker.progress import Progress
 from vlarl.worker.setup import build_env, build_learner, build_policy, build_trainer, place_policy, shard_policy
 from vlarl.worker.warmstart import warm_start
 
 
-def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) -> None:
-    """Run one job and leave the world. variations: of eval; none: the recipe's. resume: train goes on from the newest checkpoint."""
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job is told besides the run folder. variations: of eval; none: the recipe's. resume: train goes on from the newest checkpoint.
+    updates, warmup: of bench. emulate: a profile whose costs bench sleeps."""
+
+    variations: tuple[str, ...] = ()
+    resume: bool = False
+    updates: int = 3
+    warmup: int = 1
+    emulate: Path | None = None
+
+
+def run_job(job: str, run_dir: Path, options: JobOptions) -> None:
+    """Run one job and leave the world."""
     run = open_context(run_dir)
     try:
         if job == "eval":
-            evaluate_job(run, variations or (run.recipe.env.variation,))
+            evaluate_job(run, options.variations or (run.recipe.env.variation,))
+        elif job == "bench":
+            _bench_job(run, options)
+        elif job == "profile":
+            policy, learner = _learning(run, cloning=False)
+            assert policy is not None and learner is not None, "a profile is of one rank that does everything"
+            _finish(run, {"profile": serial.to_dict(measure_costs(run, policy, learner))})
         elif job == "sft":
             policy = build_policy(run, trainable=True)
             warm_start(run, policy)
             _finish(run, {"notes": [f"Policy: {run_dir / 'warmstart'}"]})
         else:
-            train_job(run, resume)
+            train_job(run, options.resume)
         barrier(run.world, "end")
     finally:
         run.spans.totals()
@@ -43,18 +66,39 @@ def run_job(job: str, run_dir: Path, variations: tuple[str, ...], resume: bool) 
 
 def train_job(run: Context, resume: bool) -> None:
     """Warm start if the recipe has one, then RL."""
-    cloning, roles = bool(run.recipe.warmstart) and not resume, run.rank_plan.roles
-    policy = build_policy(run, trainable=True) if cloning or roles != ("env",) else None
-    if cloning and policy is not None:
-        warm_start(run, policy)
-    policy, learner = place_policy(run, policy), None
-    if policy is not None and "learner" in roles:
-        learner = build_learner(run, policy, _reference(run))
+    policy, learner = _learning(run, cloning=bool(run.recipe.warmstart) and not resume)
     trainer = build_trainer(run, policy, learner, lambda slots: build_env(run, slots), simulator_spec(run.recipe.env))
     if learner is None:
         assist(run, trainer, resume)
     else:
         _finish(run, _training_result(run, train(run, trainer, learner, resume)))
+
+
+def _learning(run: Context, cloning: bool) -> tuple[VLAPolicy | None, Learner | None]:
+    """This rank's policy, warm-started first where `cloning`, and what improves it; None for the roles of others."""
+    roles = run.rank_plan.roles
+    whole = build_policy(run, trainable=True) if cloning or roles != ("env",) else None
+    if cloning and whole is not None:
+        warm_start(run, whole)
+    policy = place_policy(run, whole)
+    return policy, build_learner(run, policy, _reference(run)) if policy is not None and "learner" in roles else None
+
+
+def _bench_job(run: Context, options: JobOptions) -> None:
+    """A few timed iterations, real or slept."""
+    updater: Updates | None
+    actions = None
+    if options.emulate is not None:
+        profile = serial.load(Profile, options.emulate)
+        trainer, updater = build_emulated(run, profile)
+        actions = profile.actions_per_chunk
+    else:
+        policy, updater = _learning(run, cloning=False)
+        trainer = build_trainer(run, policy, updater, lambda slots: build_env(run, slots), simulator_spec(run.recipe.env))
+    if updater is None:
+        assist(run, trainer, resume=False)
+    else:
+        _finish(run, {"bench": bench(run, trainer, updater, options.warmup, options.updates, actions)})
 
 
 def _reference(run: Context) -> VLAPolicy | None:

@@ -6,7 +6,7 @@ A newcomer starts here. `Trainer` (built in setup.py) holds a part per role of t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,12 @@ from vlarl.worker.progress import Progress, Reporter, gather_spans
 from vlarl.worker.setup import Trainer
 
 
+class Updates(Protocol):
+    """What turns trajectories into new weights."""
+
+    def update(self, batch: TrajectoryBatch, targets: Targets, update: int) -> dict[str, float]: ...
+
+
 def train(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Progress:
     """Run the recipe's updates. resume: go on from the run folder's latest checkpoint."""
     progress = restore(run, trainer) if resume else Progress()
@@ -39,11 +45,8 @@ def train(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Pro
         measure(run, learner, progress, reporter)
     while progress.update < recipe.update.updates:
         reporter.start_update(progress)
-        batch, targets = collect(run, trainer, progress.update)
         rates = schedule(run, learner, progress)
-        with run.span("update"):
-            learnt = learner.update(batch, targets, progress.update)
-        synchronize(run, trainer, progress.update + 1)
+        batch, targets, learnt = improve(run, trainer, learner, progress.update)
         trainer.orders.give("report", progress.update)
         reporter.update(progress, batch, learnt | rates | signal(run, targets), trainer.sync.bytes)
         warm_up(run, progress, learnt)
@@ -84,6 +87,15 @@ def assist(run: Context, trainer: Trainer, resume: bool) -> None:
             return
 
 
+def improve(run: Context, trainer: Trainer, learner: Updates, update: int) -> tuple[TrajectoryBatch, Targets, dict[str, float]]:
+    """One iteration: collect, learn, bring the new weights to where they act."""
+    batch, targets = collect(run, trainer, update)
+    with run.span("update"):
+        learnt = learner.update(batch, targets, update)
+    synchronize(run, trainer, update + 1)
+    return batch, targets, learnt
+
+
 def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatch, Targets]:
     """Play this update's episodes and judge them; with dynamic sampling, replace groups that teach nothing, up to the stated cap."""
     algorithm, rollout, learners = run.recipe.algorithm, run.plan.rollout, run.world.learners
@@ -116,7 +128,7 @@ def play(run: Context, trainer: Trainer) -> TrajectoryBatch | None:
                     batch = rollout.collector.collect(rollout.sampler, run, trainer.policy.policy_version)
         if env is not None and rollout is None:
             serve(env.pool, env.lines, trainer.max_chunks, run.world.device, run)
-    with run.waiting("trajectories"), run.spans.span("route" if rollout is not None else "wait"):
+    with run.waiting("trajectories"), run.spans.span("route" if rollout is not None else "rollout/wait"):
         return trainer.router.route(batch)
 
 
