@@ -65,7 +65,7 @@ def _rank_main(queue: Any, run_dir: Path, rank: int, ranks: int, port: int, resu
 
     loop.collect = keeping
     try:
-        jobs.run_job("train", run_dir, (), resume)
+        jobs.run_job("train", run_dir, jobs.JobOptions(resume=resume))
     except BaseException:
         queue.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
