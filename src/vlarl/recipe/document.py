@@ -74,7 +74,9 @@ def parse(text: str, label: str) -> Document:
 
 
 def _kind(node: yaml.Node) -> str:
-    return {"mapping": "a section", "sequence": "a list"}.get(node.id, "a single value")
+    if isinstance(node, yaml.MappingNode):
+        return "a section"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
 @dataclass
