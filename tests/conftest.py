@@ -1,0 +1,7 @@
+"""Owns what every test process needs: a Ctrl-C that works. A suite started in the background inherits an ignored one, and so would its children."""
+from __future__ import annotations
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
