@@ -1,4 +1,4 @@
-"""Owns what every test process needs: a Ctrl-C that works. A suite started in the background inherits an ignored one, and so would its children."""
+"""Owns a Ctrl-C that works in every test process: a suite started in the background inherits an ignored one, and so would its children."""
 from __future__ import annotations
 
 import signal
