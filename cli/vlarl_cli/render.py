@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +24,10 @@ from vlarl.plan.placement import PlacementPlan
 
 PLAIN_SECONDS = 15.0  # between progress lines where the output is not a terminal
 RANKS_SHOWN = 16
+LOG_COLUMNS = 160
 
-out = Console(highlight=False)
+# Tables in a log file are not squeezed into a terminal's 80 columns.
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS)
 err = Console(stderr=True, highlight=False)
 
 

@@ -24,7 +24,7 @@ from vlarl.distributed.manifest import checkpoints, latest
 from vlarl.policies.layout import resolve_folder
 
 UPDATES = 4
-SETTINGS = ("device=cpu", "threads=1", "env.reward=shaped", f"update.updates={UPDATES}", "eval.episodes=4", "log.video_every=0")
+SETTINGS = ("device=cpu", "ranks=1", "threads=1", "env.reward=shaped", f"update.updates={UPDATES}", "eval.episodes=4", "log.video_every=0")
 CODE = "import sys\nfrom vlarl_cli.app import main\nmain()"
 DEADLINE_SECONDS = 240.0
 MEASURED = ("time", "memory", "rollout/frames_per_second")  # figures of the machine, not of the run
