@@ -76,8 +76,6 @@ def test_emulated_comparison(vlarl: Vlarl, runs: list[tuple[str, ...]], tmp_path
     (base,) = [row for row in rows if row["mode"] == "disaggregated" and row["stages"] == 1]
     assert base["speedup_over_disaggregated"] == 1.0
     assert (base["env"], base["rollout"], base["learner"], len(base["idle"])) == (1, 1, 2, 4)
-    table = text[text.index("\u250f") :]  # after the lines of progress; a narrow console breaks its headings
-    assert "frames/s" in table and "(emulated)" in table
     assert f"winner (emulated): {rows[0]['label']}" in text
     assert rows[0]["placement"] in text
     for name in ("placements.png", "timelines.png", "trace.json", "placement.yaml"):
