@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlarl.envs.spec import EnvSpec
 from vlarl.envs.tabletop.spec import env_spec
-from vlarl.policies.layout import read_policy_spec
+from vlarl.policies.layout import read_policy_spec, stated_settings
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.schema import Env, Recipe
 
@@ -16,4 +16,5 @@ def simulator_spec(env: Env) -> EnvSpec:
 
 def policy_spec(recipe: Recipe) -> PolicySpec:
     """What the recipe's policy expects and emits. Raises CheckpointError where its folder is missing or damaged."""
-    return read_policy_spec(recipe.policy.checkpoint, recipe.policy.unnorm_key)
+    policy = recipe.policy
+    return read_policy_spec(policy.checkpoint, policy.unnorm_key, stated_settings(policy))

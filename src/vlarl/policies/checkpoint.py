@@ -4,10 +4,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -58,15 +58,17 @@ def load_policy(
     lora: Lora | None = None,
     freeze: Sequence[str] = (),
     seed: int = 0,
+    stated: Mapping[str, Any] | None = None,
 ) -> VLAPolicy:
     """A policy ready to act: a folder, `bundled:NAME`, or `scratch:NAME` (random weights drawn from `seed`, the same for every dtype).
 
     value: one value per chunk or per action; None: as stored, else per chunk. A folder without value head gets a fresh one.
+    stated: what its files do not say, see `read_config`.
     CheckpointError: missing or truncated file, wrong key or shape, no or several action statistics.
     """
     folder, scratch = resolve_folder(source)
     device = torch.device(device)
-    config = read_config(folder)
+    config = read_config(folder, stated)
     statistics = read_statistics(folder, config.raw)
     key = choose_unnorm_key(statistics, unnorm_key, str(folder))
     prompts = PromptTable(load_tokenizer(folder), config.bos_id, config.pad_id, config.blank_id, device)

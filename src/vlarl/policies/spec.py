@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class PolicySpec:
 
     image_size: pixels its towers take (frames are resized to it). views: RGB images per observation.
     chunk: actions per forward pass (K). action_dim: numbers per action (A). proprio_dim: 0 = takes no state.
-    unnorm_key: which action statistics it un-normalises with.
+    unnorm_key: which action statistics it un-normalises with. head: how actions come out: tokens, or l1 (regression; no probabilities).
     parameters, hidden_size, layers, sequence_length: for the memory and time estimates.
     """
 
@@ -25,3 +26,4 @@ class PolicySpec:
     hidden_size: int
     layers: int
     sequence_length: int
+    head: Literal["tokens", "l1"] = "tokens"

@@ -20,6 +20,7 @@ from vlarl.plan.placement import PlacementPlan, stage_parts
 from vlarl.plan.specs import policy_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import load_policy
+from vlarl.policies.layout import stated_settings
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.schema import Env, Grpo, Ppo
 from vlarl.rollout.collector import Collector
@@ -69,7 +70,8 @@ def build_policy(run: Context, trainable: bool, source: str | None = None) -> VL
     p = run.recipe.policy
     lora = p.lora if trainable else None
     dtype, device = run.master_dtype, run.world.device
-    policy = load_policy(source or p.checkpoint, p.unnorm_key, p.value, dtype, device, lora, p.freeze, run.recipe.seed)
+    stated = stated_settings(p)
+    policy = load_policy(source or p.checkpoint, p.unnorm_key, p.value, dtype, device, lora, p.freeze, run.recipe.seed, stated)
     if not trainable:
         policy.module.requires_grad_(False)
     return policy
