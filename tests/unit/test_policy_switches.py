@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +110,10 @@ def test_a_folder_that_names_its_kind_keeps_it() -> None:
 
 def test_state_is_normalised_and_read() -> None:
     codec = build_codec({"toy": ENTRY}, "toy", "quantiles", True, 7, torch.device("cpu"))
-    assert codec.normalize_state(torch.tensor([[0.5, 0.0], [9.0, -1.0]])).tolist() == pytest.approx([[-0.5, 0.0], [1.0, -1.0]], abs=1e-7)
+    ours = codec.normalize_state(torch.tensor([[0.5, 0.0], [9.0, -1.0]]))
+    assert ours.flatten().tolist() == pytest.approx([-0.5, 0.0, 1.0, -1.0], abs=1e-7)
     bounds = build_codec({"toy": ENTRY}, "toy", "bounds", True, 7, torch.device("cpu"))
-    assert bounds.normalize_state(torch.tensor([[1.0, 8.0]])).tolist() == [pytest.approx([-0.5, 1.0], abs=1e-7)]
+    assert bounds.normalize_state(torch.tensor([[1.0, 8.0]]))[0].tolist() == pytest.approx([-0.5, 1.0], abs=1e-7)
     for kind, chunk in (("openvla-oft", 4), ("openvla", 1)):
         policy = make_policy(replace(read_config(TINY), proprio_dim=2, kind=kind, chunk=chunk))
         assert sum(p.numel() for n, p in policy.module.named_parameters() if not n.startswith("value_head.")) == policy.config.parameters
@@ -133,8 +135,8 @@ def test_l1_head_by_its_formula() -> None:
         x = x + torch.relu(nn.functional.layer_norm(x, (4,)) @ linear.weight.T + linear.bias)
     expected = nn.functional.layer_norm(x, (4,)) @ m.fc2.weight.T + m.fc2.bias
     assert (head(hidden) - expected).abs().max() < 1e-6
-    keys = "layer_norm1 fc1 mlp_resnet_blocks.0.ffn.0 mlp_resnet_blocks.0.ffn.1 mlp_resnet_blocks.1.ffn.0 mlp_resnet_blocks.1.ffn.1 layer_norm2 fc2"
-    assert set(head.state_dict()) == {f"model.{k}.{w}" for k in keys.split() for w in ("weight", "bias")}
+    keys = ["layer_norm1", "fc1", "layer_norm2", "fc2", *(f"mlp_resnet_blocks.{n}.ffn.{layer}" for n in (0, 1) for layer in (0, 1))]
+    assert set(head.state_dict()) == {f"model.{k}.{w}" for k in keys for w in ("weight", "bias")}
 
 
 def test_l1_policy_acts_in_environment_units() -> None:
@@ -147,4 +149,6 @@ def test_l1_policy_acts_in_environment_units() -> None:
     assert value_BKA.shape == (2, 4, 7)
     torch.testing.assert_close(chunk.action_BKA, 0.5 * (value_BKA + 1) * 4 - 1)
     assert chunk.logprob_BN.tolist() == [[0.0] * 28] * 2
+    scores = policy.evaluate(obs, chunk.token_BN, 1.0, 0)  # the nearest bins: at most half a bin away, at density exp(-|x|) / 2
+    assert (scores.logprob_BN + math.log(2)).abs().max() <= max(1 / 255, float(value_BKA.abs().max()) - 254 / 255) + 1e-6
     assert sum(p.numel() for n, p in policy.module.named_parameters() if not n.startswith("value_head.")) == policy.config.parameters

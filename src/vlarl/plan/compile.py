@@ -186,7 +186,7 @@ def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec, job: Job) -> 
     if recipe.policy.kind not in (None, policy.kind):
         found.append(Clash("policy.kind", f"{checkpoint} holds a policy of kind {policy.kind}. Set policy.kind to {policy.kind}."))
     if policy.head == "l1" and job != "eval":
-        rule = "its L1 head gives actions without probabilities, which RL needs; `vlarl eval` can play it. Use a checkpoint with action tokens."
+        rule = "its L1 head gives actions without probabilities, so it can be evaluated, not trained. Use a checkpoint with action tokens."
         found.append(Clash("policy.checkpoint", rule))
     if policy.action_dim != env.action_dim:
         rule = (

@@ -90,7 +90,7 @@ def build_codec(
             "Choose another policy.unnorm_key.",
         )
     mask = action["mask"] if "mask" in action else [True] * action_dim
-    state = statistics[key]["proprio"] if "proprio" in statistics[key] else None
+    state = statistics[key].get("proprio")
 
     def numbers(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)

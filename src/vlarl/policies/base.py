@@ -4,6 +4,7 @@ Legend: B batch, K actions per chunk, A numbers per action, N = K*A tokens, M bi
 """
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,9 +120,15 @@ class VLAPolicy:
         return ActionChunk(self.codec.decode(token_BN), token_BN, logprob_BN, value_BJ, self.policy_version)
 
     def evaluate(self, obs: Observation, token_BN: Tensor, temperature: float, top_k: int, feature_BPF: Tensor | None = None) -> Scores:
-        """Score stored tokens, with gradient. feature_BPF: cached output of `module.encode_image`, where the towers are frozen."""
+        """Score stored tokens, with gradient. feature_BPF: cached output of `module.encode_image`, where the towers are frozen.
+
+        An L1 head scores by the Laplace distribution (scale 1) that its loss stands for.
+        """
         token_BN = token_BN.to(self.device)
         logits_BNM, value_BJ = self._forward(obs, feature_BPF, token_BN)
+        if self.config.head == "l1":
+            logprob_BN = -(logits_BNM.flatten(1) - self.codec.values_M[token_BN]).abs() - math.log(2)
+            return Scores(logprob_BN.to(value_BJ.dtype), torch.full_like(value_BJ[:, :1], 1 + math.log(2)).expand_as(token_BN), value_BJ)
         logp_BNM = log_distribution(logits_BNM, temperature, top_k)
         return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_BJ)
 

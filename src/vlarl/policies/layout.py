@@ -218,6 +218,8 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
     entry = next(iter(read_statistics(folder, raw).values()))
     regression = any(folder.glob(SIDE_FILE.format("action_head")))
     proprio = any(folder.glob(SIDE_FILE.format("proprio_projector"))) or "proprio_projector.fc1.weight" in tensor_names(folder)
+    if proprio and "proprio" not in entry:
+        raise CheckpointError(f"{folder}: it reads a state, and its statistics hold none.", "Copy its dataset_statistics.json beside it.")
     if kind is None and (regression or proprio):
         kind = "openvla-oft"
     elif kind is None and not (folder / "dataset_statistics.json").is_file():
