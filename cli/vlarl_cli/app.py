@@ -206,6 +206,10 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy. Default: the training recipe's eval.temperature.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of scenes and sampling; results with one seed share their episodes.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="KEY=VALUE", help="What a published checkpoint's files do not say, such as kind=openvla-oft."),
+    ] = None,
     out: Out = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One rank in this process, for breakpoints.")] = False,
 ) -> None:
@@ -216,7 +220,9 @@ def evaluate(
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter("expected auto, cpu or cuda.", param_hint="--device")
     names = tuple(t.strip() for t in tasks.split(",")) if tasks else None
-    loaded, variations = eval_recipe(EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device))
+    loaded, variations = eval_recipe(
+        EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device, tuple(policy or ()))
+    )
     raise typer.Exit(run.start(loaded, run.Launch("eval", out, in_process=in_process, variations=variations)))
 
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,21 @@ def test_eval_takes_the_simulator_from_training(vlarl: Vlarl, supervised: list[t
     assert (env.tasks, env.horizon, env.parallel) == (("push",), 20, 30)
     assert (settings.episodes, settings.parallel, settings.temperature, loaded.recipe.seed) == (30, 30, 0.5, 7)
     assert variations == ("train", "vision", "semantics", "execution")
+
+
+def test_eval_is_told_what_a_published_checkpoint_does_not_say(tmp_path: Path) -> None:
+    tiny = Path(run.__file__).parents[2] / "src" / "vlarl" / "assets" / "tiny"
+    raw = json.loads((tiny / "config.json").read_text())
+    del raw["vlarl"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shutil.copyfile(tiny / "dataset_statistics.json", tmp_path / "dataset_statistics.json")
+    options = EvalOptions(str(tmp_path), "train", 4, None, None, None, 1, "cpu")
+    with pytest.raises(CheckpointError, match="--policy kind="):
+        eval_recipe(options)
+    policy = eval_recipe(replace(options, policy=("kind=openvla-oft", "chunk=6", "crop=true")))[0].recipe.policy
+    assert (policy.kind, policy.chunk, policy.crop) == ("openvla-oft", 6, True)
+    with pytest.raises(RecipeError, match="--policy kind: "):
+        eval_recipe(replace(options, policy=("kind=dreams",)))
 
 
 def test_sets() -> None:

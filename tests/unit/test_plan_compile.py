@@ -147,6 +147,21 @@ def test_memory_rows_by_hand() -> None:
     assert checkpoint_bytes(RECIPE, POLICY, "float32") == 16_000_000 * 4
 
 
+def test_a_decoder_with_a_cache_needs_room_for_it() -> None:
+    acting = [
+        next(row.bytes for row in compile_plan(with_(ranks=2), LAPTOP, policy, ENV).memory if row.component == "activations while acting")
+        for policy in (POLICY, replace(POLICY, kv_cache=True))
+    ]
+    assert acting[1] - acting[0] == 32 * 68 * 2 * 96 * 3 * 4  # slots x positions x (keys, values) x hidden x layers x float32
+
+
+def test_an_l1_head_is_for_evaluation_only() -> None:
+    regression = replace(POLICY, head="l1")
+    with pytest.raises(PlanError, match=r"policy.checkpoint.*L1 head.*evaluated, not trained"):
+        compile_plan(RECIPE, LAPTOP, regression, ENV)
+    assert compile_plan(RECIPE, LAPTOP, regression, ENV, "eval").memory
+
+
 def test_the_plan_survives_json() -> None:
     plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
     assert serial.from_dict(PlacementPlan, json.loads(serial.dumps(plan))) == plan

@@ -105,5 +105,5 @@ def test_every_weight_learns_but_the_rows_of_unused_tokens() -> None:
 def test_spec(policy: VLAPolicy) -> None:
     spec = read_policy_spec("scratch:tiny-openvla")
     assert spec == policy.spec
-    assert (spec.kind, spec.chunk, spec.action_dim, spec.head) == ("openvla", 1, 7, "tokens")
+    assert (spec.kind, spec.chunk, spec.action_dim, spec.head, spec.kv_cache) == ("openvla", 1, 7, "tokens", True)
     assert spec.parameters == sum(p.numel() for n, p in policy.module.named_parameters() if not n.startswith("value_head."))

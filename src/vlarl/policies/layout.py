@@ -226,7 +226,7 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
         kind = "openvla"
     elif kind is None:
         message = f"{folder}: its files do not tell whether it was trained as OpenVLA or as OpenVLA-OFT."
-        raise CheckpointError(message, "Set policy.kind to openvla or openvla-oft.")
+        raise CheckpointError(message, "Set policy.kind to openvla or openvla-oft (vlarl eval: --policy kind=openvla-oft).")
     oft = kind == "openvla-oft"
     return {
         "kind": kind,
@@ -275,6 +275,7 @@ def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
         layers=text["num_hidden_layers"],
         sequence_length=config.sequence_length,
         head=config.head,
+        kv_cache=config.kind == "openvla",
     )
 
 

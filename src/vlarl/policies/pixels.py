@@ -42,7 +42,7 @@ def fit_frames(frame_BHWC: Tensor, size: int, resize: Resize, crop: bool, strate
 def center_crop(frame_BHWC: Tensor, size: int) -> Tensor:
     """The middle CROP_AREA of the area, bilinear, in float32 with TensorFlow's order of operations and rounding: uint8 (B,S,S,3)."""
     image = frame_BHWC.float() / 255
-    side = torch.tensor(CROP_AREA, dtype=torch.float32, device=image.device).sqrt()
+    side = torch.full((), CROP_AREA, dtype=torch.float32, device=image.device).sqrt()
 
     def axis(length: int) -> tuple[Tensor, Tensor, Tensor]:
         offset = (1 - side) / 2
@@ -93,8 +93,8 @@ def _pil_pass(frame_BHWC: Tensor, size: int, axis: int) -> Tensor:
         return frame_BHWC
     index_ST, weight_ST = _taps(frame_BHWC.shape[axis], size, "bicubic", frame_BHWC.device)
     fixed_ST = (weight_ST * (1 << PIL_BITS) + torch.where(weight_ST < 0, -0.5, 0.5)).trunc().to(torch.int32)
-    half = torch.tensor(1 << (PIL_BITS - 1), dtype=torch.int32, device=frame_BHWC.device)
-    return ((_weigh(frame_BHWC.to(torch.int32), index_ST, fixed_ST, axis) + half) >> PIL_BITS).clamp(0, 255).to(torch.uint8)
+    total = _weigh(frame_BHWC.to(torch.int32), index_ST, fixed_ST, axis) + (1 << (PIL_BITS - 1))
+    return (total >> PIL_BITS).clamp(0, 255).to(torch.uint8)
 
 
 def _filter(image_BHWC: Tensor, size: int, axis: int, kernel: str) -> Tensor:
