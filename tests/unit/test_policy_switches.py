@@ -93,6 +93,15 @@ def test_heads_that_are_not_supported_are_named(published: Path, name: str, what
         read_config(published)
 
 
+def test_frames_that_cannot_be_prepared_are_refused(published: Path) -> None:
+    raw = json.loads((published / "config.json").read_text())
+    changes = {"'stretch', which is not known": {"image_resize_strategy": "stretch"}, "one size": {"image_sizes": [64, 224]}}
+    for message, change in changes.items():
+        (published / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(CheckpointError, match=message):
+            read_config(published)
+
+
 def test_recipes_state_what_files_do_not_say() -> None:
     assert stated_settings(Policy(checkpoint="x")) == {}
     policy = Policy(checkpoint="x", kind="openvla-oft", chunk=25, stop_token=False, normalization="bounds")

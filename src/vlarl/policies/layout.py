@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vlarl.errors import CheckpointError
 from vlarl.policies.spec import PolicySpec
@@ -181,6 +181,12 @@ def read_config(folder: Path, stated: Mapping[str, Any] | None = None) -> OpenVL
     missing = [key for key in NEEDED if key not in raw]
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}.", "Is it an OpenVLA checkpoint?")
+    strategy, sizes = raw["image_resize_strategy"], raw["image_sizes"]
+    if strategy not in get_args(ResizeStrategy):
+        known = ", ".join(get_args(ResizeStrategy))
+        raise CheckpointError(f"{path}: image_resize_strategy is {strategy!r}, which is not known.", f"Known: {known}.")
+    if len(set(sizes)) != 1:
+        raise CheckpointError(f"{path}: image_sizes is {sizes}; both towers must take frames of one size.")
     own = "vlarl" in raw
     stated = dict(stated or {})
     extras = FORMER | raw["vlarl"] if own else _published_extras(folder, raw, stated.get("kind"))
