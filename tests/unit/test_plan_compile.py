@@ -103,7 +103,7 @@ def test_gpus_and_nodes() -> None:
         ({}, {"proprio_dim": 9}, "it reads a state of 9 numbers and tabletop gives 8"),
         ({}, {"image_size": 224}, "env.image_size = 64 (default): the policy scratch:tiny looks at 224 pixels"),
         ({}, {"chunk": 50}, "env.horizon = 48 (default): shorter than one chunk"),
-        ({}, {"kind": "openvla"}, "holds a policy of kind openvla"),
+        ({"policy": Policy(kind="openvla-oft", checkpoint="x")}, {"kind": "openvla"}, "x holds a policy of kind openvla"),
     ],
 )
 def test_refusals(changes: dict[str, Any], policy: dict[str, Any], says: str) -> None:

@@ -85,6 +85,8 @@ Decode = Callable[["OpenVLA", Prefix, "Tensor | Choose | None"], tuple[Tensor, T
 class OpenVLA(PolicyModule):
     """Towers, projector, Llama and value head, and a family's way to decode."""
 
+    action_head: nn.Module  # where the family has one besides the action tokens
+
     def __init__(self, config: OpenVLAConfig, value_outputs: int, decode: Decode) -> None:
         super().__init__()
         shapes = tuple(tower_shape(name) for name in config.tower_ids)
