@@ -97,9 +97,10 @@ def load_policy(
             merged_at_load = found is not None
             module = empty_module(config, outputs, dtype)
             stored |= side_tensors(model_folder, module)
-            check_fit(folder, stored, found, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+            expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            check_fit(folder, stored, found, expected)
             lacking = not any(name.startswith(VALUE_HEAD) for name in stored)
-            head = ValueHead(module.value_head.mlp[0].in_features, outputs) if lacking else None
+            head = ValueHead(expected[f"{VALUE_HEAD}mlp.0.weight"][1], outputs) if lacking else None
             make_trainable(module, lora, freeze, dtype)
             place.spread(module)
             materialize(module, device)
