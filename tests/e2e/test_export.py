@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from helpers.ranks import prepare, train_in_ranks
 from vlarl.distributed.manifest import latest
 
-SETTINGS = ("device=cpu", "ranks=1", "threads=1", "algorithm.critic_warmup=0", "env.reward=shaped", "update.updates=1", "eval.every=0", "log.video_every=0")
+SETTINGS = ("device=cpu", "ranks=1", "threads=1", "env.reward=shaped", "update.updates=1", "eval.every=0", "log.video_every=0")
+SETTINGS += ("algorithm.critic_warmup=0",)
 LORA = ("policy.checkpoint=bundled:tiny-sft", "policy.lora={rank: 2, alpha: 4}", "update.learning_rate=1.0e-3")
 
 
