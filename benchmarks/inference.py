@@ -59,7 +59,7 @@ def build(config: OpenVLAConfig, dtype: torch.dtype, device: torch.device) -> VL
         module = initialize_module(config, 1, dtype).to(device).eval()
     prompts = PromptTable(load_tokenizer(folder), config.bos_id, config.pad_id, config.blank_id, device)
     codec = build_codec(read_statistics(folder, config.raw), "tabletop", config.normalization, config.epsilon, config.action_dim, device)
-    return VLAPolicy(module, config, spec_from(config, "tabletop"), prompts, codec, device, folder, 1.0)
+    return VLAPolicy(module, config, spec_from(config, "tabletop"), prompts, codec, device, folder, 1.0, "")
 
 
 def observation(batch: int, size: int, device: torch.device) -> Observation:

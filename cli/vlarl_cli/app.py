@@ -227,6 +227,21 @@ def evaluate(
 
 
 @app.command()
+def export(
+    ckpt: Annotated[str, typer.Option("--ckpt", metavar="DIR", help="Run folder, checkpoint folder, policy folder or bundled:NAME.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the policy.")],
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Merge adapters into the weights. Default: the adapters by themselves, in PEFT's layout.")
+    ] = False,
+    shard_gb: Annotated[float, typer.Option("--shard-gb", min=0.001, help="Largest weight file, in GB (1e9 bytes).")] = 5.0,
+) -> None:
+    """Write a policy in the layout in which OpenVLA checkpoints are published, load it again, and compare."""
+    from vlarl_cli import export as exporting
+
+    raise typer.Exit(exporting.export(ckpt, out, merge_lora, shard_gb))
+
+
+@app.command()
 def recipes(
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:

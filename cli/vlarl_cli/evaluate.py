@@ -48,7 +48,7 @@ def eval_recipe(options: EvalOptions) -> tuple[LoadedRecipe, tuple[str, ...]]:
         device=options.device,  # type: ignore[arg-type]
         stall_seconds=trained.stall_seconds,
         env=replace(env, variation=variations[0]),
-        policy=replace(trained.policy, checkpoint=source, lora=None, freeze=()),
+        policy=replace(trained.policy, checkpoint=source, adapter=None, lora=None, freeze=()),
         algorithm=Ppo(critic_warmup=0),
         update=Update(updates=1),
         placement=Placement(),

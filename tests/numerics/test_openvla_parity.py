@@ -11,11 +11,13 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from vlarl.policies.actions import bin_values, build_codec, encode_bins
-from vlarl.policies.checkpoint import build_module, load_module
+from vlarl.policies.checkpoint import build_module, empty_module
 from vlarl.policies.layout import OpenVLAConfig, read_config, read_statistics
-from vlarl.policies.openvla import OpenVLA
+from vlarl.policies.openvla import OpenVLA, ValueHead
 from vlarl.policies.pixels import fit_frames
 from vlarl.policies.sampling import Draw, entropy, log_distribution, token_logprob
+from vlarl.policies.weight_files import read_weights
+from vlarl.policies.weights import WHOLE, check_fit, fill, materialize
 
 DATA = Path(__file__).parent.parent / "data"
 FIXTURE = DATA / "openvla_tiny"
@@ -54,15 +56,25 @@ def config() -> OpenVLAConfig:
     return read_config(FIXTURE, {"kind": "openvla-oft"})
 
 
+def load_module(config: OpenVLAConfig, dtype: torch.dtype) -> OpenVLA:
+    """The fixture's weights, every key accounted for; a fresh value head."""
+    module, stored = empty_module(config, 1, dtype), read_weights(FIXTURE)
+    check_fit(FIXTURE, stored, None, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    materialize(module, torch.device("cpu"))
+    assert isinstance(module, OpenVLA)
+    fill(module, stored, None, False, ValueHead(module.hidden_size, 1), WHOLE)
+    return module.eval()
+
+
 @pytest.fixture(scope="module")
 def module(config: OpenVLAConfig) -> OpenVLA:
-    return load_module(FIXTURE, config, 1, torch.float32).eval()
+    return load_module(config, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def native() -> OpenVLA:
     # In float64, so that what is left is the reference's own rounding, which the random Llama amplifies, on any processor.
-    return load_module(FIXTURE, read_config(FIXTURE, {"kind": "openvla"}), 1, torch.float64).eval()
+    return load_module(read_config(FIXTURE, {"kind": "openvla"}), torch.float64)
 
 
 def close(ours: Tensor, reference: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -175,7 +187,7 @@ def naive_llama(weights: dict[str, Tensor], x_SD: Tensor, layers: int, heads: in
 def test_parallel_decoding_against_a_naive_one(stop: bool) -> None:
     raw = read_config(FIXTURE, {"kind": "openvla-oft"})
     config = OpenVLAConfig(**{**vars(raw), "chunk": 2, "stop_token": stop})
-    module = load_module(FIXTURE, config, 1, torch.float64)
+    module = load_module(config, torch.float64)
     weights = module.state_dict()
     frames = synthetic_image(3, 224, 224)[None, None]
     ids = torch.tensor([[1, 512, 29901, 1724, 29871]])

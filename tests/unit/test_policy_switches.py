@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlarl.policies.checkpoint import build_module, load_policy
 from vlarl.policies.layout import OpenVLAConfig, read_config, read_policy_spec, resolve_folder, stated_settings
 from vlarl.policies.openvla import OpenVLA
 from vlarl.policies.openvla_oft import L1Head
+from vlarl.policies.probe import check_policy
 from vlarl.policies.tokenizer import PromptTable, load_tokenizer
 from vlarl.recipe.schema import Policy
 from vlarl.types import Observation
@@ -45,7 +47,7 @@ def make_policy(config: OpenVLAConfig) -> VLAPolicy:
     cpu = torch.device("cpu")
     prompts = PromptTable(load_tokenizer(TINY), config.bos_id, config.pad_id, config.blank_id, cpu)
     codec = build_codec({"toy": ENTRY}, "toy", "quantiles", True, 7, cpu)
-    return VLAPolicy(module, config, read_policy_spec("scratch:tiny"), prompts, codec, cpu, TINY, 1.0)
+    return VLAPolicy(module, config, read_policy_spec("scratch:tiny"), prompts, codec, cpu, TINY, 1.0, "")
 
 
 def seen(state: Tensor) -> Observation:
@@ -161,3 +163,27 @@ def test_l1_policy_acts_in_environment_units() -> None:
     scores = policy.evaluate(obs, chunk.token_BN, 1.0, 0)  # the nearest bins: at most half a bin away, at density exp(-|x|) / 2
     assert (scores.logprob_BN + math.log(2)).abs().max() <= max(1 / 255, float(value_BKA.abs().max()) - 254 / 255) + 1e-6
     assert sum(p.numel() for n, p in policy.module.named_parameters() if not n.startswith("value_head.")) == policy.config.parameters
+
+
+def test_l1_head_and_state_projector_come_from_side_files(tmp_path: Path) -> None:
+    fixture = Path(__file__).parent.parent / "data" / "openvla_tiny"
+    for name in ("config.json", "dataset_statistics.json", "model.safetensors"):
+        shutil.copyfile(fixture / name, tmp_path / name)
+    shutil.copyfile(TINY / "tokenizer.json", tmp_path / "tokenizer.json")
+    files = {part: tmp_path / f"{part}--150000_checkpoint.pt" for part in ("action_head", "proprio_projector")}
+    for file in files.values():
+        file.touch()
+    torch.manual_seed(0)
+    written = build_module(read_config(tmp_path), 1).state_dict()
+    for part, file in files.items():  # as saved by their authors, who wrapped each part for data parallelism
+        torch.save({f"module.{n.removeprefix(part + '.')}": t for n, t in written.items() if n.startswith(f"{part}.")}, file)
+    policy = load_policy(str(tmp_path), "tiny_spatial")
+    assert (policy.spec.kind, policy.spec.head) == ("openvla-oft", "l1")
+    assert policy.spec.proprio_dim > 0
+    for name, tensor in policy.module.state_dict().items():
+        if name.startswith(tuple(files)):
+            assert torch.equal(tensor, written[name]), name
+    check_policy(policy, torch.float32)
+    chunk = policy.act(seen(torch.zeros(2, policy.spec.proprio_dim)), None, 1.0, 0)
+    assert chunk.action_BKA.shape == (2, 8, 7)
+    assert chunk.action_BKA.isfinite().all()

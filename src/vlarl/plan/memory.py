@@ -101,9 +101,9 @@ def trainable_parameters(recipe: Recipe, policy: PolicySpec) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, policy: PolicySpec, dtype: str) -> int:
-    """Disk for the checkpoints that are kept, one more while it is written, and the policy folder inside each."""
+    """Disk for the checkpoints that are kept and one more while it is written: policy folder, trained weights and their moments."""
     master = max(4, BYTES[dtype])
-    one = policy.parameters * master * 2 + trainable_parameters(recipe, policy) * master * 2
+    one = policy.parameters * master + trainable_parameters(recipe, policy) * master * 3
     return one * (recipe.checkpoint.keep + 2)
 
 

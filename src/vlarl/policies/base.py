@@ -75,6 +75,7 @@ class VLAPolicy:
 
     module: what is sharded and trained. policy_version: optimiser updates behind its weights; the learner counts it up.
     folder: where the tokenizer and processor files lie. lora_scale: alpha / rank of its adapters (1: none).
+    adapter_base: folder or bundled name whose stored weights its adapters change; empty where they lie nowhere as they were loaded.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class VLAPolicy:
         device: torch.device,
         folder: Path,
         lora_scale: float,
+        adapter_base: str,
     ) -> None:
         self.module = module
         self.config = config
@@ -95,6 +97,7 @@ class VLAPolicy:
         self.device = device
         self.folder = folder
         self.lora_scale = lora_scale
+        self.adapter_base = adapter_base
         self.policy_version = 0
         self._prompts = prompts
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from vlarl.errors import CheckpointError
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.towers import tower_shape
+from vlarl.policies.weight_files import INDEX, WEIGHTS, read_weights
 
 if TYPE_CHECKING:
     from vlarl.recipe.schema import Policy
@@ -223,7 +224,8 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
             raise CheckpointError(f"{found}: a checkpoint with {what} is not supported.", "Use one with action tokens or an L1 head.")
     entry = next(iter(read_statistics(folder, raw).values()))
     regression = any(folder.glob(SIDE_FILE.format("action_head")))
-    proprio = any(folder.glob(SIDE_FILE.format("proprio_projector"))) or "proprio_projector.fc1.weight" in tensor_names(folder)
+    stored = read_weights(folder) if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() else {}
+    proprio = any(folder.glob(SIDE_FILE.format("proprio_projector"))) or "proprio_projector.fc1.weight" in stored
     if proprio and "proprio" not in entry:
         raise CheckpointError(f"{folder}: it reads a state, and its statistics hold none.", "Copy its dataset_statistics.json beside it.")
     if kind is None and (regression or proprio):
@@ -249,20 +251,6 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
         "crop": False,
         "head": "l1" if regression else "tokens",
     }
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Names of the stored weights, from the index or the file's header; none where there are no weights."""
-    index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return set(read_json(index)["weight_map"])
-    if not weights.is_file():
-        return set()
-    try:
-        with weights.open("rb") as file:
-            return set(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
-    except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{weights}: cannot be read: {error}.", "The file may have been cut short; copy it again.") from error
 
 
 def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:

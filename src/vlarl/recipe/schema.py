@@ -61,6 +61,8 @@ class Policy:
     """Family; null: as the checkpoint's files say. Needed where they do not: both families publish the same weights and configuration."""
     checkpoint: str
     """Folder or Hub id; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration)."""
+    adapter: str | None = None
+    """Folder of a PEFT LoRA adapter, merged into the checkpoint's weights when they are read."""
     unnorm_key: str | None = None
     """Which action statistics of the checkpoint to use; needed when it has several."""
     lora: Lora | None = None
