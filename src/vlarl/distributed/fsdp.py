@@ -81,8 +81,8 @@ def acting(module: nn.Module, away: Mapping[FSDPModule, Shards] = MappingProxyTy
 
     Ranks may call `module` any number of times inside, none included. The weights and the forward code are those of learning.
     A module that is not sharded is whole already.
-    away: shards that leave the device as soon as their unit is gathered, and come back when it is freed, so that the device never holds
-    both of the whole policy.
+    away: shards that leave the device as soon as their unit is gathered, and come back when it is freed, so that the device holds
+    shards and copy of one unit at a time.
     """
     if not isinstance(module, FSDPModule):
         with torch.no_grad():

@@ -63,7 +63,7 @@ def estimate(
     phases: dict[Phase, list[_Line]] = {}
     if job != "eval":
         acting = _acting(policy, env, sizes, sizes.policy_slots, sizes.env_slots) + collected(sizes.policy_slots)
-        # Without a gathered copy to act with, the shards themselves may be asked for: a hybrid's env ranks lend theirs.
+        # Only a rank that acts with a gathered copy does without its shards meanwhile.
         phases["rollout"] = [replace(line, part=None) if line.part == "weights" and not sizes.policy_slots else line for line in resident]
         phases["rollout"] += acting
         learning = _learning(recipe, policy, update, sizes) + collected(sizes.sample_slots) if sizes.sample_slots else []
