@@ -69,8 +69,9 @@ def _span(slots: tuple[int, int]) -> str:
 def offload(placement: PlacementPlan) -> str:
     """What leaves the device in which phase, and why."""
     residency = placement.residency
-    phases = [(phase, parts) for phase in ("rollout", "evaluation") if (parts := residency.away(phase))]
-    return "; ".join([*(f"{', '.join(parts)} away during {phase}" for phase, parts in phases), residency.reason])
+    away = [f"{', '.join(parts)} away during {phase}" for phase in ("rollout", "evaluation") if (parts := residency.away(phase))]
+    away += ["gradients and weights sharded after every forward pass of an update"] if residency.update else []
+    return "; ".join([*away, residency.reason])
 
 
 def _memory_table(placement: PlacementPlan, ranks: str) -> Table:

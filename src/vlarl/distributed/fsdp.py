@@ -164,7 +164,8 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 
 def parameters_by_unit(module: nn.Module) -> dict[FSDPModule, list[nn.Parameter]]:
-    """The parameters that each unit gathers, sharded as they are while nothing is gathered; {} for a module that is not sharded."""
+    """The parameters that each unit gathers, sharded; {} for a module that is not sharded. What is gathered is freed."""
+    free_gathered(module)
     owned: dict[FSDPModule, list[nn.Parameter]] = {}
     taken: set[nn.Parameter] = set()
     for unit in reversed(_fsdp_modules(module)):  # inner units come after those around them

@@ -74,8 +74,9 @@ class Offload:
         """module: sharded (its weights can leave while a gathered copy acts), or whole, or None. reference: sharded."""
         moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim] if optimizer is not None else []
         self._plan, self._device, self._reference = plan, device, reference
-        self._optimizer, self._frozen = Movable(moments), Movable(list(reference.parameters()) if reference is not None else [])
         self._shards = {unit: Movable(own) for unit, own in parameters_by_unit(module).items()} if module is not None else {}
+        frozen = parameters_by_unit(reference).values() if reference is not None else ()
+        self._optimizer, self._frozen = Movable(moments), Movable([p for own in frozen for p in own])
         self._peaks: dict[str, float] = {}
 
     @contextmanager

@@ -113,14 +113,18 @@ def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, e
 
 def _learning(recipe: Recipe, policy: PolicySpec, update: UpdatePlan, sizes: Sizes) -> list[_Line]:
     """Gradients exist from a minibatch's first backward to its step, so in no other phase."""
-    compute = BYTES[sizes.dtype]
-    gradients = trainable_parameters(recipe, policy) * max(4, compute) // sizes.learners
+    compute, once = BYTES[sizes.dtype], _gathered(policy)
+    gradients = trainable_parameters(recipe, policy) * max(4, compute)
     microbatch = max([update.microbatch, *(phase.batch // sizes.learners for phase in recipe.warmstart)])
-    return [
-        _Line("gradients, sharded", gradients),
-        _Line("weights gathered while learning", _gathered(policy) * compute * 2),
+    lines = [
+        _Line("gradients, sharded", gradients // sizes.learners),
+        _Line("weights and gradients gathered while learning", once * compute * 2),
         _Line(f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)),
     ]
+    if update.accumulation > 1:
+        more = (policy.parameters - once) * compute + max(0, gradients - once * compute)
+        lines.append(_Line("the same, kept whole between passes", more, "gradients"))
+    return lines
 
 
 def _collected(policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, slots: int) -> list[_Line]:

@@ -80,16 +80,17 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Residency:
-    """What is away from the device, in pinned host memory, during a phase. The update uses every part, so that nothing is away then.
-    reason: why, for the user."""
+    """What the device does without in a phase: parts that wait in pinned host memory while the rank acts; in the update, gradients, which
+    are sharded after every forward pass instead of once per optimiser step. reason: why, for the user."""
 
     rollout: tuple[Part, ...] = ()
+    update: tuple[Part, ...] = ()
     evaluation: tuple[Part, ...] = ()
     reason: str = ""
 
     def away(self, phase: Phase) -> tuple[Part, ...]:
         """The parts that are away in a phase."""
-        return {"rollout": self.rollout, "update": (), "evaluation": self.evaluation}[phase]
+        return {"rollout": self.rollout, "update": self.update, "evaluation": self.evaluation}[phase]
 
 
 @dataclass(frozen=True)

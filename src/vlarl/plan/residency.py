@@ -1,4 +1,4 @@
-"""Owns the decision which parts of a learner leave its device while it acts, and the refusal of what does not fit even so. Pure."""
+"""Owns the decision what a learner's device does without in each phase, and the refusal of what does not fit even so. Pure."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from vlarl.recipe.schema import Part
 
 MARGIN = 0.92  # share of a memory that may be planned for; the rest is fragmentation
 PARTS: tuple[Part, ...] = get_args(Part)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 PINNED_ROUNDING = 2  # torch rounds pinned blocks up to a power of two
 ADVICE = {
     "activations while": "Lower env.parallel, or use more ranks.",
@@ -26,28 +27,30 @@ def decide(
 ) -> Residency:
     """What is away in which phase. rows: the estimate with every part on the device. capacity: bytes of the device (None: unknown).
 
-    auto: in each phase the parts with the fewest bytes that let it fit on every rank; all of them where even that is too little.
+    auto: on a GPU, in each phase the parts with the fewest bytes that let it fit on every rank; all of them where even that is too little.
     """
     if offload == "none":
         return Residency(reason="nothing leaves the device, as the recipe asks")
     if offload != "auto":
-        here = {phase: tuple(p for p in PARTS if p in offload and p in _movable(rows, phase)) for phase in ("rollout", "evaluation")}
-        return Residency(here["rollout"], here["evaluation"], "as the recipe asks")
+        asked = {phase: tuple(p for p in PARTS if p in offload and p in _movable(rows, phase)) for phase in PHASES}
+        return Residency(**asked, reason="as the recipe asks")
     if device == "cpu":
         return Residency(reason="nothing leaves the device: its memory is the host's")
     if capacity is None:
         return Residency(reason="nothing leaves the device: how much memory it has is unknown")
-    rollout, evaluation = _least(rows, "rollout", capacity), _least(rows, "evaluation", capacity)
-    if not rollout and not evaluation:
+    away = {phase: _least(rows, phase, capacity) for phase in PHASES}
+    if not any(away.values()):
         return Residency(reason="nothing leaves the device: everything fits at once")
-    phase = "rollout" if rollout else "evaluation"
-    need, there = phase_bytes(rows, phase) / 2**30, capacity * MARGIN / 2**30
-    return Residency(rollout, evaluation, f"with everything on the device, the {phase} phase needs {need:.1f} GiB of {there:.1f} GiB")
+    needs = {phase: phase_bytes(rows, phase) / 2**30 for phase in PHASES if away[phase]}
+    listed = ", ".join(f"{phase} {need:.1f} GiB" for phase, need in needs.items())
+    return Residency(**away, reason=f"with everything on the device: {listed}, of {capacity * MARGIN / 2**30:.1f} GiB")
 
 
 def place(rows: tuple[MemoryRow, ...], residency: Residency, device: Literal["cpu", "cuda"]) -> tuple[MemoryRow, ...]:
-    """The estimate under a decision: parts that are away are not on the device, and their host copies, once made, are kept."""
-    moving = {(row.ranks, row.component): row for row in rows if row.part in residency.away(row.phase)}.values()
+    """The estimate under a decision: parts that are away are not on the device, and their host copies, once made, are kept (gradients
+    have none: they are sharded)."""
+    away = [row for row in rows if row.part in residency.away(row.phase)]
+    moving = {(row.ranks, row.component): row for row in away if row.part != "gradients"}.values()
     where: Literal["device", "host"] = "host" if device == "cuda" else "device"
     rounding = PINNED_ROUNDING if device == "cuda" else 1
     copies = [
@@ -56,7 +59,7 @@ def place(rows: tuple[MemoryRow, ...], residency: Residency, device: Literal["cp
         for row in moving
         if row.ranks == ranks
     ]
-    return (*(row for row in rows if row.part not in residency.away(row.phase)), *copies)
+    return (*(row for row in rows if row not in away), *copies)
 
 
 def check(rows: tuple[MemoryRow, ...], capacity: int | None, host: int | None, device_name: str) -> None:
@@ -75,7 +78,7 @@ def check(rows: tuple[MemoryRow, ...], capacity: int | None, host: int | None, d
             )
 
 
-def _movable(rows: tuple[MemoryRow, ...], phase: str) -> set[Part]:
+def _movable(rows: tuple[MemoryRow, ...], phase: Phase) -> set[Part]:
     return {row.part for row in rows if row.phase == phase and row.part is not None}
 
 

@@ -135,7 +135,8 @@ def build_learner(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) 
     recipe, world = run.recipe, run.world.learners
     assert world is not None, "learners have a world of their own"
     optimizer, dump_dir = build_optimizer_for(run, policy), run.run_dir / "refused"
-    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir)
+    whole = "gradients" not in run.plan.residency.update
+    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir, whole)
 
 
 def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | None, make_env: MakeEnv, seen: EnvSpec) -> Trainer:
