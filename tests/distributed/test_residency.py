@@ -25,7 +25,7 @@ EVERYTHING = Residency(rollout=("optimizer", "reference", "weights"), evaluation
 def device_bytes(tensors: list[Tensor]) -> int:
     """Memory behind the tensors, each storage once."""
     storages = [fsdp.local_shard(t).untyped_storage() for t in tensors]
-    return sum({id(s._cdata): s.nbytes() for s in storages}.values())
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def test_tensors_leave_and_come_back() -> None:

@@ -1,6 +1,7 @@
 """What leaves the device: decisions by hand, their tables, and what is refused even so."""
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vlarl.plan.residency import check, decide, place
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.load import load_recipe
 from vlarl.recipe.schema import Env, Eval, Grpo, Lora, Part, Placement, Policy, Ppo, Recipe, Update
-from vlarl_cli.placements import block
+from vlarl_cli.placements import block, memory_against_prediction
 
 GIB = 2**30
 OPENVLA = PolicySpec("openvla-oft", 224, 1, 8, 7, 0, "tabletop", 7_500_000_000, 4096, 32, 300)
@@ -189,3 +190,16 @@ def test_mistakes(value: str, says: str) -> None:
 def test_grpo_has_a_reference_too() -> None:
     recipe = replace(RECIPE, algorithm=Grpo(group_size=8, episodes_per_update=16, kl_coef=0.1))
     assert "reference policy, sharded" in {row.component for row in plan_of(recipe, gpus(2, 80)).memory}
+
+
+def test_a_run_ends_with_predicted_against_measured(tmp_path: Path) -> None:
+    def row(phase: str, predicted: int, measured: int) -> dict[str, int]:
+        return {f"memory/predicted_peak_bytes_{phase}": predicted * GIB, f"memory/measured_peak_bytes_{phase}": measured * GIB}
+
+    assert memory_against_prediction(tmp_path) == ""
+    rows = [row("evaluation", 8, 9), row("rollout", 4, 2) | row("update", 10, 6), row("rollout", 4, 3) | row("update", 10, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert memory_against_prediction(tmp_path) == (
+        "peak memory per rank: rollout 4.0 GiB predicted, 3.0 GiB measured (-25%); "
+        "update 10.0 GiB predicted, 6.0 GiB measured (-40%); evaluation 8.0 GiB predicted, 9.0 GiB measured (+12%)"
+    )
