@@ -23,7 +23,7 @@ ALLOWED = {
     "types": ("envs.spec",),
     "envs.tabletop.spec": ("envs.spec", "errors"),
     "recipe": ("errors", "envs.spec", "envs.tabletop.spec"),
-    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "policies.spec", "policies.layout"),
+    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "policies.spec", "policies.layout", "policies.adapter"),
     "launch": ("errors", "serial", "recipe", "plan"),
     "launch.lifeline": (),
     "envs": ("errors", "rng", "types"),
@@ -44,6 +44,7 @@ ALLOWED = {
 }
 # What the control process is made of.
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "policies.spec", "policies.layout")
+TORCH_FREE += ("policies.adapter", "policies.weight_files")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 
 
