@@ -151,7 +151,9 @@ def first_failure(run: RunDir, ranks: int) -> VlarlError | None:
     _, rank, row = min(found, key=lambda item: item[:2])
     if row["kind"] == "user":
         return VlarlError(row["message"], row["hint"])
-    return WorkerError(f"Rank {rank} failed in phase {row['phase']!r}: {row['message']}", f"{row['hint']} Log: {run.log(rank)}".strip())
+    return WorkerError(
+        f"{_named(run, rank)} failed in phase {row['phase']!r}: {row['message']}", f"{row['hint']} Log: {run.log(rank)}".strip()
+    )
 
 
 def _silent_death(run: RunDir, returncode: int) -> VlarlError:
@@ -173,7 +175,7 @@ def _silent_death(run: RunDir, returncode: int) -> VlarlError:
         cause = f"was ended by {signal.Signals(-value).name}"
     else:
         cause = f"ended with exit code {value}"
-    return WorkerError(f"Rank {number} {cause}, in phase {phase}.", f"Logs: {run.log(number)}, {run.torchrun_log}")
+    return WorkerError(f"{_named(run, number)} {cause}, in phase {phase}.", f"Logs: {run.log(number)}, {run.torchrun_log}")
 
 
 def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
@@ -191,9 +193,17 @@ def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> W
         return None
     seconds, limit, rank, phase = max(late)
     message = (
-        f"Rank {rank} has reported nothing for {seconds:.0f} s (the limit is {limit:g} s: stall_seconds); its last phase was {phase!r}."
+        f"{_named(run, rank)} has reported nothing for {seconds:.0f} s (the limit is {limit:g} s: stall_seconds); "
+        f"its last phase was {phase!r}."
     )
     return WorkerError(message, f"Its threads' stacks are at the end of {run.log(rank)}.")
+
+
+def _named(run: RunDir, rank: int) -> str:
+    """`Rank 2`; with its roles, `Rank 2 (env, learner)`, where ranks differ in them."""
+    plan = read_json(run.plan)
+    roles = [row["roles"] for row in plan["ranks"]] if isinstance(plan, dict) else []
+    return f"Rank {rank} ({', '.join(roles[rank])})" if any(r != roles[0] for r in roles) else f"Rank {rank}"
 
 
 @contextmanager

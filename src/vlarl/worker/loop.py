@@ -71,7 +71,7 @@ def assist(run: Context, trainer: Trainer, resume: bool) -> None:
     """A rank that does not learn: simulate, act, take new weights and checkpoint when the learners say so."""
     progress = restore(run, trainer) if resume else Progress()
     while True:
-        with run.waiting("orders"):
+        with run.waiting("rollout/wait"):  # also while the learners evaluate
             order, number = trainer.orders.take()
         if order == "collect":
             run.spans.update = number + 1
@@ -128,7 +128,7 @@ def play(run: Context, trainer: Trainer) -> TrajectoryBatch | None:
                     batch = rollout.collector.collect(rollout.sampler, run, trainer.policy.policy_version)
         if env is not None and rollout is None:
             serve(env.pool, env.lines, trainer.max_chunks, run.world.device, run)
-    with run.waiting("trajectories"), run.spans.span("route" if rollout is not None else "rollout/wait"):
+    with run.waiting("route" if rollout is not None else "rollout/wait"):
         return trainer.router.route(batch)
 
 
