@@ -13,13 +13,14 @@ from spawn import run_processes
 from torch import Tensor
 
 from vlarl.distributed.fsdp import full_state_dict
-from vlarl.launch.rundir import create
+from vlarl.launch.rundir import create, reopen
 from vlarl.learner.update import Learner
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.compile import compile_plan
 from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.policies.checkpoint import load_policy
 from vlarl.recipe.load import load_recipe
-from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe
+from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe, Warmstart
 from vlarl.types import TrajectoryBatch
 from vlarl.worker import jobs, loop
 from vlarl.worker.context import Context
@@ -132,3 +133,31 @@ def test_a_disaggregated_run_evaluates_and_resumes_exactly(tmp_path: Path) -> No
     shutil.rmtree(run_dir / "checkpoints" / "update-000002")
     _, _, resumed = trained(run_dir, 3, resume=True)
     assert torch.equal(whole, resumed)
+    recipe = replace(recipe, placement=Placement(mode="hybrid", env="1", rollout="2"))
+    cluster = Cluster(cores=4, host_bytes=1 << 40)
+    reopen(run_dir, recipe, compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env)))
+    with pytest.raises(AssertionError, match="CheckpointError: .* by a run disaggregated on 3 ranks .*; this one is hybrid on 3 ranks"):
+        trained(run_dir, 3, resume=True)
+
+
+def test_a_warm_start_is_the_same_under_every_placement(tmp_path: Path) -> None:
+    """All ranks clone, whatever their roles; RL starts from what they cloned, also where it only acts."""
+    cloning = (Warmstart(steps=2, batch=8, pool=128, learning_rate=1e-3, lr_warmup=0, log_every=1),)
+    ends: list[Tensor] = []
+    for name in ("collocated", "disaggregated", "hybrid"):
+        recipe = replace(recipe_for("ppo", PLACEMENTS[name], 4), warmstart=cloning)
+        recipe = replace(recipe, update=replace(recipe.update, updates=1))
+        run_dir = run_folder(tmp_path / name, recipe)
+        batches, start, end = trained(run_dir, 4)
+        assert len((run_dir / "warmstart" / "metrics.jsonl").read_text().splitlines()) == 2
+        cloned = load_policy(str(run_dir / "warmstart"), dtype=torch.float64).module.state_dict()
+        scratch = load_policy("scratch:tiny", dtype=torch.float64, seed=recipe.seed).module.state_dict()
+        assert torch.equal(start, _flat(cloned)) and (start - _flat(scratch)).abs().max() > 1e-4
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["update/logprob_gap"] < 1e-9, "those that act have the cloned weights too"
+        ends += [start, end]
+        if name == "collocated":
+            expected = first_rollout(batches)
+        assert first_rollout(batches) == expected, name
+    for other in (2, 4):
+        assert torch.equal(ends[other], ends[0]) and (ends[other + 1] - ends[1]).abs().max() <= 1e-9
