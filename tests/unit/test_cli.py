@@ -181,9 +181,10 @@ def test_resume_refuses_another_placement(vlarl: Vlarl, supervised: list[tuple[s
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"placement": placement}))
     plan = (tmp_path / "run" / "plan.json").read_text()
     hybrid = "hybrid on 3 ranks (env 0; rollout 1,2; learner 0,1,2), 8 slots in 1 stage"
+    together = ("ranks=2", "placement.mode=collocated", *(f"placement.{role}=null" for role in ("env", "rollout", "learner")))
     others = {
         hybrid: ("placement.mode=hybrid", "placement.rollout=2", "placement.learner=null"),
-        "collocated on 2 ranks (env 0,1; rollout 0,1; learner 0,1), 8 slots in 1 stage": ("ranks=2", "placement={mode: collocated}"),
+        "collocated on 2 ranks (env 0,1; rollout 0,1; learner 0,1), 8 slots in 1 stage": together,
         "learner 2), 16 slots in 1 stage": ("env.parallel=16",),
     }
     for other, changes in others.items():
