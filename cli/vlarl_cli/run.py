@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlarl import serial
-from vlarl.distributed.manifest import latest
+from vlarl.distributed.manifest import check_placement, latest
 from vlarl.errors import CheckpointError, MachineError, PlanError, RecipeError, VlarlError, WorkerError
 from vlarl.launch import rundir
 from vlarl.launch.supervisor import supervise
@@ -18,7 +18,7 @@ from vlarl.launch.torchrun import command, rank_env, sbatch, worker_arguments
 from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan
 from vlarl.plan.memory import Job, checkpoint_bytes
-from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.placement import PlacementPlan, layout
 from vlarl.plan.specs import check_weights, policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe, load_with_origins
 from vlarl.recipe.schema import Recipe
@@ -131,6 +131,7 @@ def resume(run_path: Path, overrides: list[str], launch: Launch) -> int:
         raise CheckpointError(f"{run_path} holds no finished checkpoint to go on from.", "Start the recipe anew, in another folder.")
     loaded = load_with_origins(run_path / "recipe.json", [*_policy_override(run_path, newest, overrides), *overrides])
     plan = make_plan(loaded, launch.job)
+    check_placement(newest, layout(plan))
     check_weights(loaded.recipe)
     rundir.check_space(run_path, rundir.LOG_BYTES)
     run = rundir.reopen(run_path, loaded.recipe, plan)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from spawn import ToyPolicy, run_ranks, toy_batch, toy_loss_sum
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from helpers.disk import mounted
 from vlarl.distributed import checkpoint, fsdp
 from vlarl.distributed.manifest import best, checkpoint_folder, checkpoints, latest, mark_best, prune, read_manifest, verify
 from vlarl.distributed.mesh import World
@@ -147,14 +147,8 @@ def test_too_little_space_is_refused_before_writing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "200k") as disk:
+        yield disk
 
 
 def test_a_really_full_disk_leaves_the_first_checkpoint_and_nothing_else(small_disk: Path) -> None:

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from helpers.command_line import Vlarl, command_line
 from vlarl import serial
 from vlarl.errors import CheckpointError, RecipeError
 from vlarl.launch.rundir import RunDir
 from vlarl.policies.layout import resolve_folder
-from vlarl_cli import app, run
+from vlarl_cli import run
 from vlarl_cli.evaluate import EvalOptions, eval_recipe, find_policy, variation_names
 from vlarl_cli.render import PLAIN_SECONDS, PlainProgress
 from vlarl_cli.shipped import shipped_recipes
 
-Vlarl = Callable[..., tuple[int, str, str]]
 STATUS = {
     "phase": "rollout", "update": 1, "updates": 9, "frames_per_second": 1234.0, "success": 0.5, "episodes": 64, "eta_seconds": 65.0,
     "line": "update 61%",
@@ -32,19 +32,7 @@ STATUS = {
 
 @pytest.fixture
 def vlarl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlarl:
-    """Run the command line in this process, in an empty folder. Returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlarl", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+    return command_line(monkeypatch, capsys, tmp_path)
 
 
 @pytest.fixture
@@ -221,6 +209,30 @@ def checkpoint(run_dir: Path, update: int) -> Path:
     files = {"policy/config.json": {"bytes": 2, "sha256": ""}}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "complete": True, "files": files}))
     return folder
+
+
+def test_resume_refuses_another_placement(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    """Before anything is touched, naming both."""
+    apart = ("placement.mode=disaggregated", "placement.env=1", "placement.rollout=1", "placement.learner=1")
+    settings = ("debug", "device=cpu", "ranks=3", "threads=null", *apart)
+    assert vlarl("train", *settings, "--out", "run")[0] == 0
+    manifest = checkpoint(tmp_path / "run", 1) / "manifest.json"
+    placement = "disaggregated on 3 ranks (env 0; rollout 1; learner 2), 8 slots in 1 stage"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"placement": placement}))
+    plan = (tmp_path / "run" / "plan.json").read_text()
+    hybrid = "hybrid on 3 ranks (env 0; rollout 1,2; learner 0,1,2), 8 slots in 1 stage"
+    together = ("ranks=2", "placement.mode=collocated", *(f"placement.{role}=null" for role in ("env", "rollout", "learner")))
+    others = {
+        hybrid: ("placement.mode=hybrid", "placement.rollout=2", "placement.learner=null"),
+        "collocated on 2 ranks (env 0,1; rollout 0,1; learner 0,1), 8 slots in 1 stage": together,
+        "learner 2), 16 slots in 1 stage": ("env.parallel=16",),
+    }
+    for other, changes in others.items():
+        code, _, text = vlarl("train", "--resume", "run", *changes)
+        flat = " ".join(text.split())
+        assert code == 2 and f"written by a run {placement}; this one is" in flat and other in flat, text
+    assert (tmp_path / "run" / "plan.json").read_text() == plan and len(supervised) == 1
+    assert vlarl("train", "--resume", "run")[0] == 0 and len(supervised) == 2
 
 
 def test_what_ckpt_may_name(tmp_path: Path) -> None:

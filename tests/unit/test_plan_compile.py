@@ -98,6 +98,11 @@ def test_gpus_and_nodes() -> None:
         ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
         ({"update": Update(minibatches=769), "ranks": 1}, {}, "Use at most 768."),
         ({"warmstart": (Warmstart(steps=1, batch=3),), "ranks": 2}, {}, "a phase's batch of 3 does not split over 2 ranks."),
+        (
+            {"warmstart": (Warmstart(steps=1, batch=64),), "ranks": 3, "placement": Placement(mode="disaggregated")},
+            {},
+            "a phase's batch of 64 does not split over 3 ranks. Use 63 or 66.",
+        ),
         ({}, {"action_dim": 14}, "it emits 14 numbers per action and tabletop takes 7"),
         ({}, {"views": 2}, "Set env.wrist_camera to true."),
         ({}, {"proprio_dim": 9}, "it reads a state of 9 numbers and tabletop gives 8"),

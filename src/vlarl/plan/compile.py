@@ -225,9 +225,10 @@ def _batch_clashes(recipe: Recipe, roles: Roles, chunks_per_episode: int) -> lis
             f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}."
         )
         found.append(Clash("update.minibatches", rule, ("env.parallel",)))
+    everyone = len({*roles.env, *roles.rollout, *roles.learner})
     for phase in recipe.warmstart:
-        if phase.batch % ranks:
-            rule = f"a phase's batch of {phase.batch} does not split over {ranks} ranks. Use {multiples_near(phase.batch, ranks)}."
+        if phase.batch % everyone:  # ranks of all roles clone
+            rule = f"a phase's batch of {phase.batch} does not split over {everyone} ranks. Use {multiples_near(phase.batch, everyone)}."
             found.append(Clash("warmstart", rule, ("ranks",)))
     return found
 
