@@ -29,7 +29,7 @@ F64 = torch.float64
 def _build(world: World, seed: int = 0) -> tuple[ToyPolicy, torch.optim.AdamW]:
     module = ToyPolicy(F64, seed)
     fsdp.shard(module, world.learner, F64)
-    return module, build_optimizer(module, 1e-2, 1e-1, (0.9, 0.95), 1e-5, 0.1)
+    return module, build_optimizer(module, 1e-2, 1e-1, 1.0, (0.9, 0.95), 1e-5, 0.1)
 
 
 def _step(world: World, module: ToyPolicy, optimizer: torch.optim.AdamW) -> None:
@@ -211,7 +211,7 @@ def _freeze_and_resume(world: World, run: Path) -> tuple[dict[str, Tensor], dict
         module.vision_backbone.load_state_dict(ToyPolicy(F64).vision_backbone.state_dict())
         module.vision_backbone.requires_grad_(False)
         fsdp.shard(module, world.learner, F64)
-        optimizer = build_optimizer(module, 1e-2, 1e-1, (0.9, 0.95), 1e-5, 0.1)
+        optimizer = build_optimizer(module, 1e-2, 1e-1, 1.0, (0.9, 0.95), 1e-5, 0.1)
         if seed == 0:
             _step(world, module, optimizer)
             _save(world, run, 2, module, optimizer)

@@ -15,7 +15,7 @@ F64 = torch.float64
 
 
 def _optimizer(module: nn.Module) -> torch.optim.AdamW:
-    return build_optimizer(module, 1e-2, 1e-1, (0.9, 0.95), 1e-5, 0.1)
+    return build_optimizer(module, 1e-2, 1e-1, 1.0, (0.9, 0.95), 1e-5, 0.1)
 
 
 def _shard(module: ToyPolicy, world: World, per_block: bool, activation_checkpointing: bool = False, dtype: torch.dtype = F64) -> None:

@@ -56,7 +56,7 @@ def _phases(world: World, per_block: bool) -> dict[str, Any]:
         fsdp.shard(module, world.learner, torch.float32, list(module.language_model))
         modules.append(module)
     module, reference = modules
-    optimizer = build_optimizer(module, 1e-2, 1e-1, (0.9, 0.95), 1e-5, 0.1)
+    optimizer = build_optimizer(module, 1e-2, 1e-1, 1.0, (0.9, 0.95), 1e-5, 0.1)
     x = toy_batch(torch.float32)
 
     def update() -> None:

@@ -20,7 +20,7 @@ def _module() -> nn.Module:
 
 def test_two_groups_of_trainable_parameters() -> None:
     module = _module()
-    optimizer = build_optimizer(module, 1e-4, 1e-3, (0.9, 0.95), 1e-5, 0.0)
+    optimizer = build_optimizer(module, 1e-4, 1e-3, 1.0, (0.9, 0.95), 1e-5, 0.0)
     policy, value = optimizer.param_groups
     assert policy["params"] == [module.language_model.weight] and policy["lr"] == 1e-4
     assert value["params"] == [module.value_head.weight] and value["lr"] == 1e-3
@@ -28,10 +28,19 @@ def test_two_groups_of_trainable_parameters() -> None:
     assert (policy["lr"], value["lr"]) == (0.0, 5e-4)
 
 
+def test_vision_towers_learn_at_their_own_pace() -> None:
+    module = _module()
+    module.vision_backbone.requires_grad_(True)
+    optimizer = build_optimizer(module, 1e-4, 1e-3, 0.25, (0.9, 0.95), 1e-5, 0.0)
+    assert [(g["name"], g["lr"]) for g in optimizer.param_groups] == [("policy", 1e-4), ("vision", 0.25e-4), ("value", 1e-3)]
+    set_learning_rates(optimizer, 2e-4, 5e-4)
+    assert [g["lr"] for g in optimizer.param_groups] == [2e-4, 0.5e-4, 5e-4]
+
+
 def test_a_module_without_value_head_has_one_group() -> None:
     module = _module()
     del module.value_head
-    optimizer = build_optimizer(module, 1e-4, 1e-3, (0.9, 0.95), 1e-5, 0.0)
+    optimizer = build_optimizer(module, 1e-4, 1e-3, 1.0, (0.9, 0.95), 1e-5, 0.0)
     set_learning_rates(optimizer, 2e-4, 1.0)
     assert [(g["name"], g["lr"]) for g in optimizer.param_groups] == [("policy", 2e-4)]
 
@@ -40,7 +49,7 @@ def test_steps_are_adamw_and_parameters_without_gradient_wait() -> None:
     """m = (1-b1) sum b1^k g, v alike with g^2, both bias-corrected; p <- p (1 - lr wd) - lr m / (sqrt(v) + eps)."""
     module = _module()
     lr, (b1, b2), eps, decay = 0.1, (0.9, 0.95), 1e-5, 0.01
-    optimizer = build_optimizer(module, lr, lr, (b1, b2), eps, decay)
+    optimizer = build_optimizer(module, lr, lr, 1.0, (b1, b2), eps, decay)
     weight, value = module.language_model.weight, module.value_head.weight
     with torch.no_grad():
         weight.copy_(torch.tensor([[1.0, -2.0]]))

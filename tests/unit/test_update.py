@@ -53,7 +53,7 @@ def targets_for(batch: TrajectoryBatch, critic: bool = True) -> Targets:
 
 def build(world: World, algorithm: Ppo | Grpo, settings: Update, frozen: tuple[str, ...] = (), sgd: bool = False) -> Learner:
     policy = LinearPolicy(world, bins=BINS, frozen=frozen)
-    optimizer: torch.optim.Optimizer = build_optimizer(policy.module, 0.1, 0.1, (0.9, 0.95), 1e-8, 0.01)
+    optimizer: torch.optim.Optimizer = build_optimizer(policy.module, 0.1, 0.1, 1.0, (0.9, 0.95), 1e-8, 0.01)
     if sgd:
         optimizer = torch.optim.SGD(policy.module.parameters(), lr=1.0)
     return Learner(policy, None, optimizer, world, algorithm, settings, Rollout(), seed=1)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def test_epochs_learn_every_sample_once_each(world: World) -> None:
 def test_the_kl_term_pulls_back_to_the_reference(world: World) -> None:
     algorithm = replace(PLAIN, kl_coef=0.5)
     policy, reference = LinearPolicy(world, bins=BINS), LinearPolicy(world, bins=BINS)
-    optimizer = build_optimizer(policy.module, 0.1, 0.1, (0.9, 0.95), 1e-8, 0.0)
+    optimizer = build_optimizer(policy.module, 0.1, 0.1, 1.0, (0.9, 0.95), 1e-8, 0.0)
     learner = Learner(policy, reference, optimizer, world, algorithm, ONE_STEP, Rollout(), seed=1)  # type: ignore[arg-type]
     batch = rollout(policy)
     assert learner.update(batch, targets_for(batch), 0)["kl_reference"] == pytest.approx(0, abs=1e-12)

@@ -1,31 +1,33 @@
-"""Owns the optimiser: AdamW over two parameter groups (policy, value), and the learning-rate schedule as a pure function."""
+"""Owns the optimiser: AdamW over three parameter groups (policy, vision, value), and the learning-rate schedule as a pure function."""
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-VALUE_PREFIX = "value_head."
+VALUE_PREFIX, VISION_PREFIX = "value_head.", "vision_backbone."
 
 
 def build_optimizer(
     module: nn.Module,
     learning_rate: float,
     value_learning_rate: float,
+    vision_scale: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) over the trainable parameters: group `value` (`value_head.*`) and group `policy` (the rest).
+    """AdamW (Loshchilov & Hutter, 2019) over the trainable parameters: groups `value` (`value_head.*`), `vision`
+    (`vision_backbone.*`, at `vision_scale` times the policy's rate) and `policy` (the rest).
 
     A group without trainable parameters is left out. Call after sharding. Moments exist from the start (zeros), so memory
     is claimed at once and a checkpoint always has the same entries.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"name": "policy", "lr": learning_rate, "params": [p for name, p in trainable if not name.startswith(VALUE_PREFIX)]},
-        {"name": "value", "lr": value_learning_rate, "params": [p for name, p in trainable if name.startswith(VALUE_PREFIX)]},
-    ]
-    groups = [g for g in groups if g["params"]]
+    parts: dict[str, list[nn.Parameter]] = {"policy": [], "vision": [], "value": []}
+    for name, p in trainable:
+        parts["value" if name.startswith(VALUE_PREFIX) else "vision" if name.startswith(VISION_PREFIX) else "policy"].append(p)
+    rates = {"policy": (learning_rate, 1.0), "vision": (learning_rate, vision_scale), "value": (value_learning_rate, 1.0)}
+    groups = [{"name": n, "lr": rates[n][0] * rates[n][1], "scale": rates[n][1], "params": parts[n]} for n in parts if parts[n]]
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
     for _, p in trainable:
         # A parameter that has had no gradient yet (value head under GRPO, trunk during the critic's warm-up) starts at step 0.
@@ -66,7 +68,7 @@ def learning_rate_at(update: int, base: float, start: int, warmup: int, updates:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, policy: float, value: float) -> None:
-    """Set the rates of both groups (a group that the optimiser lacks is skipped)."""
-    rates = {"policy": policy, "value": value}
+    """Set the rates of all groups; the vision towers' is the policy's times their scale."""
+    rates = {"policy": policy, "vision": policy, "value": value}
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
+        group["lr"] = rates[group["name"]] * group["scale"]

@@ -184,6 +184,8 @@ class Update:
     """Samples per forward pass on one rank; gradients are accumulated over as many as needed."""
     learning_rate: Positive = 1e-4
     value_learning_rate: Positive = 1e-3
+    vision_scale: Positive = 1.0
+    """The vision towers' learning rate, relative to the policy's. Pre-trained features like smaller steps than what reads them."""
     lr_warmup: NonNegative = 10
     """Updates over which the policy's learning rate rises (after the critic's warm-up)."""
     lr_decay: bool = False

@@ -142,7 +142,7 @@ def _shard(run: Context, module: PolicyModule, trainable: bool) -> None:
 def build_optimizer_for(run: Context, policy: VLAPolicy) -> torch.optim.Optimizer:
     """AdamW as the recipe's `update` section says."""
     u = run.recipe.update
-    return build_optimizer(policy.module, u.learning_rate, u.value_learning_rate, u.betas, u.eps, u.weight_decay)
+    return build_optimizer(policy.module, u.learning_rate, u.value_learning_rate, u.vision_scale, u.betas, u.eps, u.weight_decay)
 
 
 def build_env(run: Context, slots: int, variation: str | None = None, tasks: tuple[str, ...] | None = None) -> BatchedEnv:
