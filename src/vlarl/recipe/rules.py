@@ -86,6 +86,9 @@ def _env(recipe: Recipe) -> list[Clash]:
         listed += meant
     if env.simulator == "libero" and env.reward != "sparse":
         found.append(Clash("env.reward", "libero knows success alone. Use sparse.", ("env.simulator",)))
+    if env.simulator == "libero" and recipe.warmstart:
+        rule = "libero has no scripted expert to clone. Start from a policy that was trained on its demonstrations."
+        found.append(Clash("warmstart", rule, ("env.simulator",)))
     variations = SIMULATOR_VARIATIONS[env.simulator]
     if env.variation not in variations:
         found.append(
