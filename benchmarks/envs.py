@@ -62,7 +62,12 @@ def main() -> None:
     from vlarl.recipe.schema import Env
 
     env = Env(
-        simulator=options.simulator, tasks=tuple(options.tasks), horizon=10**6, image_size=options.size, wrist_camera=True, python=options.python
+        simulator=options.simulator,
+        tasks=tuple(options.tasks),
+        horizon=10**6,
+        image_size=options.size,
+        wrist_camera=True,
+        python=options.python,
     )
     spec, settings = simulator_spec(env), serial.to_dict(env)
     job = {"adapter": HOSTED[env.simulator], "settings": settings, "spec": asdict(spec), "chunks": options.chunks, "steps": options.steps}

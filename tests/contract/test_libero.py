@@ -145,7 +145,7 @@ def test_missing_assets_are_named(tmp_path: Path) -> None:
         HostedEnv(1, 0, env_spec(("libero_object-0",), 20, 64, False), hosting, torch.device("cpu"), lambda n, total: None)
 
 
-@pytest.mark.skipif(PYTHON == sys.executable, reason="this interpreter has LIBERO")
+@pytest.mark.skipif(sys.executable == PYTHON, reason="this interpreter has LIBERO")
 def test_an_interpreter_without_libero_is_told_what_to_install(tmp_path: Path) -> None:
     hosting = Hosting(HOSTED["libero"], {"libero": OPTIONS}, sys.executable, 1, 600.0, 300.0, {}, tmp_path)
     with pytest.raises(MachineError, match="(LIBERO is not installed|LIBERO renders with).*"):

