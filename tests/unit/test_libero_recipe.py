@@ -53,5 +53,9 @@ def test_the_plan_counts_the_memory_of_simulator_processes(tmp_path: Path) -> No
     plan = compile_plan(recipe, Cluster(cores=4, host_bytes=32 * GIB), policy_spec(recipe), env)
     rows = {row.phase: row.bytes for row in plan.memory if row.component == HOSTS}
     assert rows == {"rollout": 8 * GIB, "update": 8 * GIB}  # 4 slots of 2 GiB each, idle while the policy learns
+    both = load_recipe(path, ["ranks=1", "eval={every: 5, parallel: 3, episodes: 6}"])
+    plan = compile_plan(both, Cluster(cores=4, host_bytes=32 * GIB), policy_spec(recipe), env)
+    during = [row.bytes for row in plan.memory if row.component == HOSTS and row.phase == "evaluation"]
+    assert during == [8 * GIB, 6 * GIB]  # an evaluation has simulators of its own
     with pytest.raises(PlanError, match=r"simulator processes most of all \(8.0 GiB\).*Lower env.parallel"):
         compile_plan(recipe, Cluster(cores=4, host_bytes=8 * GIB), policy_spec(recipe), env)
