@@ -63,7 +63,7 @@ class Env:
     """Environment slots of one simulator process."""
     start_seconds: Positive = 300.0
     """A simulator process that takes longer to start is given up."""
-    step_seconds: Positive = 120.0
+    step_seconds: Positive = 300.0
     """A simulator process that takes longer for a reset or a chunk is taken for hung and replaced."""
     libero: Libero = field(default_factory=Libero)
 
