@@ -25,7 +25,10 @@ ALLOWED = {
     "envs.libero.spec": ("envs.spec",),
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
     "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec"),
-    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "policies.spec", "policies.layout"),
+    "plan": (
+        *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec"),
+        *("policies.spec", "policies.layout", "policies.adapter"),
+    ),
     "launch": ("errors", "serial", "recipe", "plan"),
     "launch.lifeline": (),
     "envs": ("errors", "rng", "types"),
@@ -46,7 +49,7 @@ ALLOWED = {
 }
 # What the control process is made of.
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec")
-TORCH_FREE += ("policies.spec", "policies.layout")
+TORCH_FREE += ("policies.spec", "policies.layout", "policies.adapter", "policies.weight_files")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 
 
