@@ -19,6 +19,7 @@ from vlarl.recipe.schema import Part, Recipe
 Job = Literal["train", "sft", "eval"]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 BUFFER = "rollout buffer (frames as uint8)"
+HOSTS = "simulator processes"
 BINS = 256  # action bins: logits per token
 ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
 CHECKPOINTED_BYTES = 2 / 2
@@ -70,6 +71,8 @@ def estimate(
         phases["update"] = [replace(line, part=None) for line in resident] + learning
     if sizes.evaluation_slots:
         phases["evaluation"] = resident + _acting(policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots)
+        if env.slot_bytes:  # an evaluation has simulators of its own
+            phases["evaluation"] += _scenes(env, sizes.evaluation_slots)
     rows = []
     for phase, line in ((phase, line) for phase, lines in phases.items() for line in lines):
         where: Literal["device", "host"] = "host" if line.host and sizes.device == "cuda" else "device"
@@ -95,8 +98,15 @@ def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, jo
     elif sizes.policy_slots:
         lines.append(_Line("policy, whole, for acting", policy.parameters * compute))
     if sizes.env_slots and job != "eval":
-        lines.append(_Line("simulator's scenes, never moved", sizes.env_slots * SCENE_BYTES))
+        lines += _scenes(env, sizes.env_slots)
     return lines
+
+
+def _scenes(env: EnvSpec, slots: int) -> list[_Line]:
+    """What so many slots of a simulator take up between frames: on the device, or in processes of their own."""
+    if env.slot_bytes:
+        return [_Line(HOSTS, slots * env.slot_bytes, host=True)]
+    return [_Line("simulator's scenes, never moved", slots * SCENE_BYTES)]
 
 
 def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int) -> list[_Line]:

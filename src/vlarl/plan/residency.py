@@ -18,6 +18,7 @@ ADVICE = {
     "activations while": "Lower env.parallel, or use more ranks.",
     "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
     "rollout buffer": "Lower env.parallel, or what is collected per update.",
+    "simulator processes": "Lower env.parallel or eval.parallel; every slot is a simulator of its own.",
     "camera frames": "Lower env.parallel or env.image_size.",
 }
 
