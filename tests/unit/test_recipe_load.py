@@ -19,7 +19,7 @@ env:
   paralel: 64
   tasks: [put, pussh]
   wrist_camera: yes
-  image_size: 500
+  image_size: 5000
 policy: {checkpoint: 'scratch:tiny', lora: {rank: 0}}
 algorithm: {kind: grop}
 update: {updates: 3, minibatches: 2.5}
@@ -48,7 +48,7 @@ def test_every_mistake_gets_its_own_sentence_with_line_value_rule_and_remedy(tmp
         "env.paralel (recipe line 5): unknown field. Did you mean env.parallel?",
         "env.tasks = [put, pussh] (recipe line 6): tabletop has no task 'pussh'. Did you mean push?",
         "env.wrist_camera = yes (recipe line 7): expected true or false. Write true.",
-        "env.image_size = 500 (recipe line 8): expected a whole number from 32 to 224.",
+        "env.image_size = 5000 (recipe line 8): expected a whole number from 32 to 1024.",
         "policy.lora.rank = 0 (recipe line 9): expected a whole number of at least 1.",
         "algorithm.kind = grop (recipe line 10): expected ppo or grpo. Did you mean grpo?",
         "update.minibatches = 2.5 (recipe line 11): expected a whole number of at least 1. Use 2 or 3.",

@@ -1,9 +1,13 @@
-"""Owns what a simulator adapter must offer (BatchedEnv) and the table of adapters. A new simulator is one module and one row here."""
+"""Owns what a simulator adapter must offer and the tables of adapters. A new simulator is one module and one row here.
+
+An adapter either runs in the rank (SIMULATORS: a BatchedEnv) or in env hosts (HOSTED: an envs.host.protocol.Simulator, which hosts.HostedEnv
+makes a BatchedEnv of). One that can do both runs in the rank where the rank has a GPU.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from vlarl.envs.spec import EnvSpec, EpisodeSpec
 from vlarl.types import ChunkResult, Observation
 
 SIMULATORS = {"tabletop": "vlarl.envs.tabletop.env:Tabletop"}
+HOSTED = {"libero": "vlarl.envs.libero.env:Libero"}  # called in the host with the recipe's env section (a dict) and the EnvSpec
 
 
 class BatchedEnv(Protocol):
@@ -34,6 +39,14 @@ class BatchedEnv(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WorksAhead(Protocol):
+    """A BatchedEnv that can simulate while the rank does something else."""
+
+    def start_chunk(self, action_BKA: Tensor, active_B: Tensor) -> None:
+        """Begin; `step_chunk` with the same arguments, called next, waits for the result."""
 
 
 def simulator_class(name: str) -> type[Any]:

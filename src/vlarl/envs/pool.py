@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlarl.envs.base import BatchedEnv
+from vlarl.envs.base import BatchedEnv, WorksAhead
 from vlarl.envs.spec import EnvSpec, EpisodeSpec
 from vlarl.types import ChunkResult, EnvStep, Observation
 
@@ -88,9 +88,12 @@ class LocalPool:
             self._may_recv[stage] = True
 
     def send(self, stage: int, action_BKA: Tensor) -> None:
-        """Give the stage its next actions."""
+        """Give the stage its next actions; simulators in other processes begin at once."""
         assert not self._may_recv[stage], f"stage {stage}: send before recv"
         self._action[stage] = action_BKA
+        env = self._envs[stage]
+        if isinstance(env, WorksAhead):
+            env.start_chunk(action_BKA, self._active(stage))
         self._may_recv[stage] = True
 
     def recv(self, stage: int) -> EnvStep:

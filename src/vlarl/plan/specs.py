@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vlarl.envs.spec import EnvSpec
-from vlarl.envs.tabletop.spec import env_spec
+from vlarl.envs.libero import spec as libero
+from vlarl.envs.tabletop import spec as tabletop
 from vlarl.policies.layout import read_policy_spec
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.schema import Env, Recipe
@@ -11,7 +12,8 @@ from vlarl.recipe.schema import Env, Recipe
 
 def simulator_spec(env: Env) -> EnvSpec:
     """What the recipe's simulator offers under its settings."""
-    return env_spec(env.tasks, env.horizon, env.image_size, env.wrist_camera)
+    facts = {"tabletop": tabletop.env_spec, "libero": libero.env_spec}[env.simulator]
+    return facts(env.tasks, env.horizon, env.image_size, env.wrist_camera)
 
 
 def policy_spec(recipe: Recipe) -> PolicySpec:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from vlarl.envs.tabletop.spec import TASKS, VARIATIONS
+from vlarl.envs.libero import spec as libero
+from vlarl.envs.tabletop import spec as tabletop
 from vlarl.recipe.schema import Grpo, Ppo, Recipe
 
-SIMULATOR_TASKS = {"tabletop": tuple(TASKS)}
-SIMULATOR_VARIATIONS = {"tabletop": tuple(VARIATIONS)}
+SIMULATOR_TASKS = {"tabletop": tabletop.TASKS, "libero": libero.TASK_SETS}  # named where one is not known
+SIMULATOR_VARIATIONS = {"tabletop": tabletop.VARIATIONS, "libero": libero.VARIATIONS}
 ROLES = ("env", "rollout", "learner")
 MAX_RANKS = 65536  # of one range: keeps a slip of the pen from filling the memory
 
@@ -73,11 +74,18 @@ def recipe_clashes(recipe: Recipe) -> list[Clash]:
 def _env(recipe: Recipe) -> list[Clash]:
     env, found = recipe.env, []
     known = SIMULATOR_TASKS[env.simulator]
-    for i, task in enumerate(env.tasks):
-        if task not in known:
+    listed: list[str] = []
+    for task in env.tasks:
+        meant = libero.expand(task) if env.simulator == "libero" else (task,) if task in known else None
+        if meant is None:
             found.append(Clash("env.tasks", f"{env.simulator} has no task {task!r}. {nearest(task, known)}", ("env.simulator",)))
-        if task in env.tasks[:i]:
-            found.append(Clash("env.tasks", f"{task!r} is listed twice. Every task is played equally often; list it once."))
+            continue
+        twice = next((one for one in meant if one in listed), None)
+        if twice is not None:
+            found.append(Clash("env.tasks", f"{twice!r} is listed twice. Every task is played equally often; list it once."))
+        listed += meant
+    if env.simulator == "libero" and env.reward != "sparse":
+        found.append(Clash("env.reward", "libero knows success alone. Use sparse.", ("env.simulator",)))
     variations = SIMULATOR_VARIATIONS[env.simulator]
     if env.variation not in variations:
         found.append(

@@ -20,25 +20,51 @@ STRICT = {"extra": "forbid", "frozen": True, "use_attribute_docstrings": True}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Libero:
+    """What only LIBERO has."""
+
+    __pydantic_config__ = STRICT
+    render: Literal["full", "fast"] = "full"
+    """fast: no anti-aliasing, no reflections; twice the speed, slightly other pictures (not for scores that are compared)."""
+    settle_steps: NonNegative = 15
+    """Steps without motion after a reset, in which things come to rest; not counted as the episode's."""
+    reset: Literal["hard", "soft"] = "hard"
+    """soft: keeps the loaded scene between episodes of a task; 0.5 s instead of 4 s."""
+    assets: str | None = None
+    """Folder with LIBERO's assets; null: found among the installed packages."""
+    gl: Literal["auto", "egl", "osmesa"] = "auto"
+    """Renderer; auto: EGL where there is a GPU, else OSMesa."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Env:
     """The simulator and how many episodes it plays at once."""
 
     __pydantic_config__ = STRICT
-    simulator: Literal["tabletop"] = "tabletop"
+    simulator: Literal["tabletop", "libero"] = "tabletop"
     tasks: Annotated[tuple[str, ...], MinLen(1)] = ("put", "push", "touch")
-    """Task families to train on (tabletop: put, push, touch)."""
+    """Tasks to train on. tabletop: put, push, touch. libero: suites (libero_spatial, ..., libero_130) or single tasks (libero_goal-3)."""
     variation: str = "train"
-    """Distribution of scenes: train, vision, semantics or execution."""
+    """Distribution of scenes. tabletop: train, vision, semantics or execution. libero: train."""
     parallel: Count = 64
     """Episodes played at once, over all ranks (environment slots)."""
     horizon: Count = 48
     """Control steps after which an episode is truncated."""
-    image_size: Annotated[int, Ge(32), Le(224)] = 64
+    image_size: Annotated[int, Ge(32), Le(1024)] = 64
     """Height and width of the camera frames, pixels."""
     wrist_camera: bool = False
     """Render a second view from the gripper."""
     reward: Literal["sparse", "shaped"] = "sparse"
     """sparse: 1 on success. shaped: sparse plus a potential difference."""
+    python: str | None = None
+    """Interpreter that runs the simulator's processes (of an environment of its own); null: vlarl's."""
+    slots_per_host: Count = 1
+    """Environment slots of one simulator process."""
+    start_seconds: Positive = 300.0
+    """A simulator process that takes longer to start is given up."""
+    step_seconds: Positive = 120.0
+    """A simulator process that takes longer for a reset or a chunk is taken for hung and replaced."""
+    libero: Libero = field(default_factory=Libero)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def build_emulated(run: Context, profile: Profile) -> tuple[Trainer, SleepingLea
     chunks = run.plan.rollout.chunks_per_episode
     # It has what acting and moving weights ask of a policy.
     stand_in = cast("VLAPolicy | None", policy)
-    make_env = lambda slots: SleepingEnv(slots, profile, chunks, spec.action_dim)  # noqa: E731
+    make_env = lambda slots: SleepingEnv(len(slots), profile, chunks, spec.action_dim)  # noqa: E731
     return build_trainer(run, stand_in, None, make_env, sleeping_spec(spec.action_dim)), learner
 
 
@@ -144,7 +144,7 @@ def _sizes(largest: int) -> list[int]:
 def _chunk_costs(run: Context, policy: VLAPolicy, size: int) -> tuple[float, float, float]:
     """Seconds of simulating one chunk of `size` slots, of acting on them, and of packing and unpacking their frames."""
     recipe, spec = run.recipe, policy.spec
-    feed = TrainingFeed(TrainingSchedule(recipe.seed, size, len(recipe.env.tasks), 1), range(size))
+    feed = TrainingFeed(TrainingSchedule(recipe.seed, size, len(run.tasks), 1), range(size))
     pool = build_pool(lambda slots: build_env(run, slots), feed, (0, size), 1, spec.chunk, "none")
     sampler = build_sampler(policy, spec, recipe.seed, recipe.rollout.temperature, recipe.rollout.top_k)
     message = StepMessage(size, pool.spec, spec.chunk, run.world.device)

@@ -14,6 +14,7 @@ from vlarl.distributed.mesh import World, init_world
 from vlarl.metrics.spans import Spans
 from vlarl.metrics.status import Heartbeat
 from vlarl.plan.placement import PlacementPlan, RankPlan
+from vlarl.plan.specs import simulator_spec
 from vlarl.recipe.schema import Recipe
 
 BEAT_SECONDS = 1.0
@@ -42,6 +43,11 @@ class Context:
     @property
     def master_dtype(self) -> torch.dtype:
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that EpisodeSpec.task numbers."""
+        return simulator_spec(self.recipe.env).tasks
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

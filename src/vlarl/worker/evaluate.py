@@ -24,7 +24,7 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
     protocol = Protocol(
         name=f"{env.simulator}-{variation}",
         simulator=env.simulator,
-        tasks=env.tasks,
+        tasks=run.tasks,
         variation=variation,
         episodes=settings.episodes,
         horizon=env.horizon,

@@ -24,7 +24,7 @@ def write_films(run: Context, films: Sequence[Film], prefix: str, count: int) ->
     """At most `count` successes and `count` failures, as videos/{prefix}-{task}-{uid}-{success|failure}.mp4."""
     for success, word in ((True, "success"), (False, "failure")):
         for film in sorted((f for f in films if f.success is success), key=lambda f: f.spec.uid)[:count]:
-            task = run.recipe.env.tasks[film.spec.task]
+            task = run.tasks[film.spec.task]
             path = run.run_dir / "videos" / f"{prefix}-{task}-{film.spec.uid:04d}-{word}.mp4"
             write_mp4(path, annotate(_side_by_side(film.frames), film.instruction, success), FRAMES_PER_SECOND)
 

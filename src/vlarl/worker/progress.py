@@ -117,7 +117,7 @@ class Reporter:
                 "train/return": sum(e.return_ for e in episodes) / len(episodes),
                 "train/length": sum(e.length for e in episodes) / len(episodes),
             }
-            for task, name in enumerate(run.recipe.env.tasks):
+            for task, name in enumerate(run.tasks):
                 of_task = [e.success for e in episodes if e.spec.task == task]
                 if of_task:
                     row[f"train/success_{name}"] = sum(of_task) / len(of_task)

@@ -1,23 +1,26 @@
 """Owns the building of a rank's parts from its plan: policy, simulators, pools, learner."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from vlarl import serial
 from vlarl.distributed.fsdp import shard
 from vlarl.distributed.links import Links, Orders
 from vlarl.distributed.routing import Router
 from vlarl.distributed.weight_sync import WeightSync
-from vlarl.envs.base import BatchedEnv, simulator_class
+from vlarl.envs.base import HOSTED, SIMULATORS, BatchedEnv, simulator_class
+from vlarl.envs.hosts import HostedEnv, Hosting
 from vlarl.envs.pool import EnvPool, Feed, FinalFrames, LocalPool
 from vlarl.envs.remote import Line, RemotePool
 from vlarl.envs.spec import EnvSpec
 from vlarl.learner.optim import build_optimizer
 from vlarl.learner.update import Learner
 from vlarl.plan.placement import PlacementPlan, stage_parts
-from vlarl.plan.specs import policy_spec
+from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import load_policy
 from vlarl.policies.spec import PolicySpec
@@ -27,7 +30,7 @@ from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
 from vlarl.rollout.play import Policy, Sampler
 from vlarl.worker.context import Context
 
-MakeEnv = Callable[[int], BatchedEnv]  # from a number of slots to a simulator of so many
+MakeEnv = Callable[[range], BatchedEnv]  # from global slots to a simulator of them
 
 
 @dataclass
@@ -100,13 +103,15 @@ def build_optimizer_for(run: Context, policy: VLAPolicy) -> torch.optim.Optimize
     return build_optimizer(policy.module, u.learning_rate, u.value_learning_rate, u.betas, u.eps, u.weight_decay)
 
 
-def build_env(run: Context, slots: int, variation: str | None = None, tasks: tuple[str, ...] | None = None) -> BatchedEnv:
-    """One simulator of `slots` slots. variation, tasks: None for the recipe's."""
-    e: Env = run.recipe.env
+def build_env(run: Context, slots: range, variation: str | None = None, tasks: tuple[str, ...] | None = None) -> BatchedEnv:
+    """One simulator of the global slots `slots`. variation, tasks: None for the recipe's."""
+    e = replace(run.recipe.env, variation=variation or run.recipe.env.variation, tasks=tasks or run.recipe.env.tasks)
+    if e.simulator in HOSTED and (e.simulator not in SIMULATORS or run.world.device.type == "cpu"):
+        return _hosted_env(run, e, slots)
     return simulator_class(e.simulator)(
-        num_slots=slots,
-        tasks=tasks or e.tasks,
-        variation=variation or e.variation,
+        num_slots=len(slots),
+        tasks=e.tasks,
+        variation=e.variation,
         horizon=e.horizon,
         image_size=e.image_size,
         wrist_camera=e.wrist_camera,
@@ -115,12 +120,33 @@ def build_env(run: Context, slots: int, variation: str | None = None, tasks: tup
     )
 
 
+def _hosted_env(run: Context, env: Env, slots: range) -> BatchedEnv:
+    """The slots in processes of their own, all started at once."""
+    hosting = Hosting(
+        adapter=HOSTED[env.simulator],
+        settings=serial.to_dict(env),
+        python=env.python or sys.executable,
+        per_host=env.slots_per_host,
+        start_seconds=env.start_seconds,
+        step_seconds=env.step_seconds,
+        environment={},
+        log_dir=run.run_dir / "logs",
+    )
+
+    def started(count: int, total: int) -> None:
+        print(f"env hosts: {count} of {total} are up", flush=True)
+
+    with run.waiting("env hosts"):
+        return HostedEnv(len(slots), slots.start, simulator_spec(env), hosting, run.world.device, started)
+
+
 def build_pool(
     make_env: MakeEnv, feed: Feed, slots: tuple[int, int], stages: int, chunk: int, final_frames: FinalFrames
 ) -> LocalPool:
     """A pool of the global slots [slots[0], slots[1]) in `stages` parts, playing `chunk` actions at a time."""
     per_stage = (slots[1] - slots[0]) // stages
-    return LocalPool([make_env(per_stage) for _ in range(stages)], slots[0], per_stage, chunk, feed, final_frames)
+    parts = [range(first, first + per_stage) for first in range(slots[0], slots[1], per_stage)]
+    return LocalPool([make_env(part) for part in parts], slots[0], per_stage, chunk, feed, final_frames)
 
 
 def build_sampler(policy: Policy, spec: PolicySpec, seed: int, temperature: float, top_k: int) -> Sampler:
@@ -146,7 +172,7 @@ def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | Non
     pool: EnvPool
     env, rollout = None, None
     if "env" in me.roles:
-        schedule = TrainingSchedule(recipe.seed, plan.rollout.parallel, len(recipe.env.tasks), plan.rollout.group_size)
+        schedule = TrainingSchedule(recipe.seed, plan.rollout.parallel, len(run.tasks), plan.rollout.group_size)
         feed = TrainingFeed(schedule, range(*me.slots))
         env = Simulation(feed, build_pool(make_env, feed, me.slots, stages, chunk, _final_frames(algorithm)), lines)
     if "rollout" in me.roles:

@@ -46,7 +46,7 @@ def _demonstrations(run: Context, policy: VLAPolicy, phase: Warmstart, seed: int
     local = DEMONSTRATION_SLOTS // ranks
     first = run.world.rank * local
     schedule = TrainingSchedule(seed, DEMONSTRATION_SLOTS, len(tasks), 1)
-    simulator = build_env(run, local, tasks=tasks)
+    simulator = build_env(run, range(first, first + local), tasks=tasks)
     if not isinstance(simulator, ExpertEnv):
         simulator_name = run.recipe.env.simulator
         raise PlanError(f"warmstart: the simulator {simulator_name} has no scripted expert.", "Start from a supervised checkpoint.")
