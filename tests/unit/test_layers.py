@@ -23,9 +23,11 @@ ALLOWED = {
     "types": ("envs.spec",),
     "envs.tabletop.spec": ("envs.spec", "errors"),
     "envs.libero.spec": ("envs.spec",),
+    "envs.maniskill.spec": ("envs.spec", "envs.maniskill.plate_settings"),
+    "envs.maniskill.plate_settings": (),
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
-    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec"),
-    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "policies.spec", "policies.layout"),
+    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
+    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec", "policies.spec", "policies.layout"),
     "launch": ("errors", "serial", "recipe", "plan"),
     "launch.lifeline": (),
     "envs": ("errors", "rng", "types"),
@@ -45,7 +47,7 @@ ALLOWED = {
     ),
 }
 # What the control process is made of.
-TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec")
+TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
 TORCH_FREE += ("policies.spec", "policies.layout")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 

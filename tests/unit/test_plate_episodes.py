@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlarl.envs.maniskill import plate_settings as plate
-from vlarl.envs.maniskill.plate_settings import SETTINGS, decode, positions, trials
+from vlarl.envs.maniskill import plate_episodes as plate
+from vlarl.envs.maniskill.plate_episodes import decode, positions, trials
+from vlarl.envs.maniskill.plate_settings import PHOTOS, SENTENCES, SETTINGS, sentence
 
 TRAIN = SETTINGS["train"]
 WITHIN = {1, 2, 4, 5}  # squared distances, in grid steps of 3 cm, that are not above 7 cm
@@ -72,7 +73,7 @@ def test_every_id_names_things_that_exist(name: str) -> None:
     for field, (count, first) in (("object", setting.objects), ("plate", setting.plates), ("photo", setting.photos)):
         assert set(getattr(got, field).tolist()) == set(range(first, first + count))
     assert got.position.max() < len(positions(setting.layout)) and got.yaw.max() < len(plate.yaws(setting.layout))
-    limit = {"": 1, "texture": plate.PHOTOS, "sentence": len(plate.SENTENCES), "arm": 14_376, "object": 25, "plate": 17}[setting.extra]
+    limit = {"": 1, "texture": PHOTOS, "sentence": len(SENTENCES), "arm": 14_376, "object": 25, "plate": 17}[setting.extra]
     assert 0 <= got.extra.min() and got.extra.max() < limit
     as_tensor = decode(setting, torch.from_numpy(ids))
     assert as_tensor.extra.dtype == torch.int64 and as_tensor.extra.tolist() == got.extra.tolist()
@@ -98,4 +99,4 @@ def test_places_in_metres() -> None:
     first = positions("pair")[0]
     assert np.allclose(first, [[-0.235, -0.075, 0.9], [-0.235, 0.015, 0.9]])
     assert np.isclose(np.linalg.norm(first[0] - first[1]), 3 * 0.03) and 3 > sqrt(5.44)
-    assert plate.sentence(3, "carrot", "plate") == "move the carrot to the plate"
+    assert sentence(3, "carrot", "plate") == "move the carrot to the plate"
