@@ -1,7 +1,8 @@
 """Owns the env hosts' test simulator `fake`: numbers known from the episode's spec, and accidents on request. Runs in hosts: no torch.
 
-Episode u, the n-th action a of it (from 1): reward 100 u + n + a[0]; it ends in success after `init_state` actions. A frame shows (u, n, sum of
-actions so far). Accidents, at action `seed` of task 1..4: kill -9, a hang, an exception, a mistake; once each, unless `again`.
+Episode u, the n-th action a of it (from 1): reward 100 u + n + a[0]; it ends in success after `init_state` actions. A frame shows
+(u, n, 255), the state (u, n, sum of the actions so far, pictures taken). Accidents, at action `seed` of tasks 1 to 4: kill -9, a hang, an exception, a
+mistake; once each, unless `again`.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Fake:
         self.episode, self.played, self.total = episode, 0, 0.0
         if TASKS[episode.task] == "hung at reset" and self.first_time():
             time.sleep(1000)
-        return "episode {} in slot of {}".format(episode.uid, os.getpid())
+        return f"episode {episode.uid} in slot of {os.getpid()}"
 
     def play(self, action_KA: np.ndarray) -> Played:
         rewards = []
@@ -59,7 +60,7 @@ class Fake:
         raise ValueError("the table broke")
 
     def first_time(self) -> bool:
-        mark = os.path.join(self.settings["marks"], "{}-{}".format(self.episode.uid, self.played))
+        mark = os.path.join(self.settings["marks"], f"{self.episode.uid}-{self.played}")
         if self.settings["again"] or not os.path.exists(mark):
             open(mark, "w").close()
             return True
@@ -71,4 +72,4 @@ class Fake:
         state_D[:] = (self.episode.uid, self.played, self.total, self.rendered)
 
     def close(self) -> None:
-        open(os.path.join(self.settings["marks"], "closed-{}".format(os.getpid())), "w").close()
+        open(os.path.join(self.settings["marks"], f"closed-{os.getpid()}"), "w").close()

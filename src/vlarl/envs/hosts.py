@@ -1,7 +1,7 @@
 """Owns the rank's side of env hosts: HostedEnv, a BatchedEnv whose slots are played by child processes, which may die and are brought back.
 
-A host that dies is started again; its open episodes are reset to their EpisodeSpec and the actions they had played are played again, unseen, so
-that an episode goes on exactly where it was and nothing that was collected becomes wrong. Every wait has a deadline that names the peer.
+A host that dies is started again; its open episodes are reset to their EpisodeSpec and the actions they had played are played again,
+unseen, so that an episode goes on exactly where it was and nothing that was collected becomes wrong. Every wait has a deadline that names the peer.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 class Hosting:
     """How hosts are run. adapter: `module:callable`, called in the host as (settings, spec) for each slot. settings: JSON, for the adapter.
 
-    python: the interpreter. per_host: slots of one host. start_seconds, step_seconds: for the start, and for a reset, a chunk, or one played
-    again, each times the slots of a host. environment: added to the host's. log_dir: host{first slot}.log goes there.
+    python: the interpreter. per_host: slots of one host. start_seconds, step_seconds: for the start, and for a reset, a chunk, or one
+    played again, each times the slots of a host. environment: added to the host's. log_dir: host{first slot}.log goes there.
     """
 
     adapter: str
@@ -262,10 +263,8 @@ class _Host:
         """Send without waiting. A host that is gone is noticed when its answer is missed."""
         assert self._channel is not None
         self._replayed = max([len(row[2]) for row in content], default=0) if order == "reset" else 0
-        try:
+        with suppress(Gone):
             self._channel.send({order: content})
-        except Gone:
-            pass
 
     def receive(self, phase: str, seconds: float) -> dict[str, Any]:
         """The next message. seconds: of one slot and chunk; the whole wait is for all slots and all chunks played again."""

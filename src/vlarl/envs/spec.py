@@ -30,7 +30,8 @@ class EnvSpec:
 
     tasks: names, indexed by EpisodeSpec.task. views: number of RGB cameras. height, width: pixels.
     state_dim: length of the proprioceptive vector (0: none). action_dim: numbers per action, each in [-1, 1]
-    before un-normalisation. horizon: control steps after which an episode is truncated.
+    before un-normalisation. horizon: control steps after which an episode is truncated. slot_bytes: memory of a slot that is played in a
+    process of its own; 0: slots live in the rank.
     """
 
     name: str
@@ -41,3 +42,4 @@ class EnvSpec:
     state_dim: int
     action_dim: int
     horizon: int
+    slot_bytes: int = 0

@@ -14,6 +14,7 @@ class Protocol:
 
     tasks: names; EpisodeSpec.task indexes them. variation: distribution of scenes. episodes: over all tasks. horizon: control steps.
     image_size: pixels. views: cameras. chunk: actions executed per forward pass. temperature: 0 is greedy. seed: of scenes and sampling.
+    options: what else the simulator was told, as `name=value`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Protocol:
     chunk: int
     temperature: float
     seed: int
+    options: tuple[str, ...] = ()
 
 
 def episodes(protocol: Protocol) -> tuple[EpisodeSpec, ...]:

@@ -363,6 +363,7 @@ def _check_memory(memory: tuple[MemoryRow, ...], capacity: int | None, cluster: 
         largest = max((r for r in memory if r.phase == phase and r.ranks == ranks), key=lambda r: r.bytes)
         advice = {
             "activations while": "Lower env.parallel, or use more ranks.",
+            "simulator processes": "Lower env.parallel; every slot is a simulator of its own.",
             "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
             "rollout buffer": "Lower env.parallel, or what is collected per update.",
             "camera frames": "Lower env.parallel or env.image_size.",

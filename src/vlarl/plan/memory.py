@@ -18,6 +18,7 @@ from vlarl.recipe.schema import Recipe
 Job = Literal["train", "sft", "eval"]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 BUFFER = "rollout buffer (frames as uint8)"
+HOSTS = "simulator processes"
 BINS = 256  # action bins: logits per token
 ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
 CHECKPOINTED_BYTES = 2 / 2
@@ -61,6 +62,9 @@ def estimate(
         rollout_rows.append(("activations while acting", _acting_bytes(policy, sizes.policy_slots, compute)))
     if sizes.env_slots:
         rollout_rows.append(("camera frames being drawn", sizes.env_slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
+        if env.slot_bytes and where == "host":  # of a GPU machine's host memory nothing is known here
+            sets = 2 if job == "train" and recipe.eval.every else 1  # an evaluation during training has simulators of its own
+            resident.append((HOSTS, sets * sizes.env_slots * env.slot_bytes))
     if job != "eval":
         collected = _buffer_bytes(policy, env, rollout, sizes.policy_slots)
         if sizes.policy_slots:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vlarl.envs.spec import EnvSpec
 from vlarl.envs.libero import spec as libero
 from vlarl.envs.maniskill import spec as maniskill
+from vlarl.envs.spec import EnvSpec
 from vlarl.envs.tabletop import spec as tabletop
 from vlarl.policies.layout import read_policy_spec
 from vlarl.policies.spec import PolicySpec

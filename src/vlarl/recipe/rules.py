@@ -20,6 +20,7 @@ from vlarl.recipe.schema import Env, Grpo, Ppo, Recipe
 SIMULATOR_TASKS = {"tabletop": tabletop.TASKS, "libero": libero.TASK_SETS, "maniskill": tuple(maniskill.INSTRUCTIONS)}
 SIMULATOR_VARIATIONS = {"tabletop": tabletop.VARIATIONS, "libero": libero.VARIATIONS, "maniskill": maniskill.VARIATIONS}
 SIMULATOR_REWARDS = {"tabletop": ("sparse", "shaped"), "libero": ("sparse",), "maniskill": ("sparse", "dense", "relative")}
+WITH_EXPERT = ("tabletop",)  # simulators whose scripted expert can be cloned
 ROLES = ("env", "rollout", "learner")
 MAX_RANKS = 65536  # of one range: keeps a slip of the pen from filling the memory
 
@@ -92,6 +93,9 @@ def _env(recipe: Recipe) -> list[Clash]:
         found.append(Clash("env.reward", rule, ("env.simulator",)))
     if env.simulator == "maniskill":
         found += _maniskill(env)
+    if env.simulator not in WITH_EXPERT and recipe.warmstart:
+        rule = f"{env.simulator} has no scripted expert to clone. Start from a policy that was trained on its demonstrations."
+        found.append(Clash("warmstart", rule, ("env.simulator",)))
     variations = SIMULATOR_VARIATIONS[env.simulator]
     if env.variation not in variations:
         found.append(

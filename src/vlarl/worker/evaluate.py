@@ -9,6 +9,7 @@ from vlarl.evaluation.protocol import Protocol, episodes
 from vlarl.evaluation.report import EpisodeRow, build_report
 from vlarl.evaluation.runner import EpisodeRecorder, play_episodes
 from vlarl.policies.base import VLAPolicy
+from vlarl.recipe.schema import Env
 from vlarl.rollout.episodes import ListFeed
 from vlarl.worker.context import Context
 from vlarl.worker.films import write_films
@@ -33,6 +34,7 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
         chunk=policy.spec.chunk,
         temperature=settings.temperature,
         seed=seed,
+        options=_options(env),
     )
     world = run.world.learners
     assert world is not None, "learners evaluate, with simulators of their own"
@@ -50,6 +52,12 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
     write_films(run, recorder.films, prefix, settings.videos)
     rows: list[EpisodeRow] = [row for part in all_gather_objects(world, recorder.rows) for row in part]
     return build_report(protocol, rows, hashes)
+
+
+def _options(env: Env) -> tuple[str, ...]:
+    """Settings of one simulator alone that change what is played or seen."""
+    names = {"libero": ("render", "settle_steps")}
+    return tuple(f"{name}={getattr(getattr(env, env.simulator), name)}" for name in names.get(env.simulator, ()))
 
 
 def evaluate_training(run: Context, policy: VLAPolicy, update: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import types
-from typing import Any, Dict, List
+from typing import Any
 
 
 def find_vlarl() -> None:
@@ -25,7 +25,7 @@ def find_vlarl() -> None:
 class Host:
     """The simulators of one host, by place."""
 
-    def __init__(self, memory: int, opening: Dict[str, Any]) -> None:
+    def __init__(self, memory: int, opening: dict[str, Any]) -> None:
         from importlib import import_module
 
         from vlarl.envs.host.protocol import Frames
@@ -36,14 +36,14 @@ class Host:
         self._frames = Frames(memory, opening["slots"], self._spec)
         module, name = opening["adapter"].split(":")
         make = getattr(import_module(module), name)
-        self._simulators: Dict[int, Any] = {}
-        self._played: Dict[int, int] = {}
+        self._simulators: dict[int, Any] = {}
+        self._played: dict[int, int] = {}
         for place in opening["places"]:
             self._frames.busy_B[place] = 1
             self._simulators[place] = make(opening["settings"], self._spec)
             self._frames.busy_B[place] = 0
 
-    def reset(self, rows: List[Any]) -> List[Any]:
+    def reset(self, rows: list[Any]) -> list[Any]:
         """Start episodes, play what they have played before, show them."""
         from vlarl.envs.spec import EpisodeSpec
 
@@ -54,16 +54,13 @@ class Host:
             self._played[place] = 0
             for number, chunk in enumerate(chunks):
                 _, terminated, truncated, _ = self._play(place, chunk)
-                assert not terminated and not truncated, (
-                    "episode {} ended in chunk {} of the {} played again: the simulator does not repeat itself".format(
-                        episode[0], number + 1, len(chunks)
-                    )
-                )
+                again = f"episode {episode[0]} ended in chunk {number + 1} of the {len(chunks)} played again"
+                assert not terminated and not truncated, f"{again}: the simulator does not repeat itself"
             self._show(place)
             answers.append([place, instruction])
         return answers
 
-    def step(self, rows: List[Any]) -> List[Any]:
+    def step(self, rows: list[Any]) -> list[Any]:
         """Play a chunk in each place named, and show its end."""
         answers = []
         for place, chunk in rows:
@@ -76,14 +73,14 @@ class Host:
         for simulator in self._simulators.values():
             simulator.close()
 
-    def _play(self, place: int, chunk: List[List[float]]) -> List[Any]:
+    def _play(self, place: int, chunk: list[list[float]]) -> list[Any]:
         import numpy as np
 
         horizon = self._spec.horizon
         action_KA = np.asarray(chunk[: horizon - self._played[place]], np.float32)
         reward, terminated, success = self._simulators[place].play(action_KA)
         assert len(reward) == len(action_KA) or terminated and 0 < len(reward) < len(action_KA), (
-            "{} rewards for {} actions".format(len(reward), len(action_KA))
+            f"{len(reward)} rewards for {len(action_KA)} actions"
         )
         self._played[place] += len(reward)
         truncated = not terminated and self._played[place] == horizon
@@ -114,7 +111,7 @@ def serve(connection: int, memory: int) -> None:
                 host = Host(memory, content)
                 answer = {"opened": True}
             else:
-                assert host is not None and order in ("reset", "step"), "unknown order {!r}".format(order)
+                assert host is not None and order in ("reset", "step"), f"unknown order {order!r}"
                 answer = {"rows": getattr(host, order)(content)}
         except VlarlError as error:
             answer = {"mistake": [error.message, error.hint]}

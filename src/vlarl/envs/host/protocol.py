@@ -17,7 +17,8 @@ import json
 import mmap
 import socket
 import time
-from typing import Any, Dict, NamedTuple, Optional, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Channel:
         self._socket = connection
         self._rest = b""
 
-    def send(self, message: Dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Raises Gone where nobody listens any more."""
         try:
             self._socket.settimeout(None)
@@ -77,7 +78,7 @@ class Channel:
         except OSError as error:
             raise Gone(str(error)) from None
 
-    def receive(self, seconds: Optional[float] = None) -> Dict[str, Any]:
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
         """The next message, waited for at most so long. Raises Late or Gone."""
         deadline = None if seconds is None else time.monotonic() + seconds
         parts = [self._rest]
@@ -85,10 +86,10 @@ class Channel:
             left = None if deadline is None else deadline - time.monotonic()
             try:
                 if left is not None and left <= 0:
-                    raise socket.timeout
+                    raise TimeoutError
                 self._socket.settimeout(left)
                 part = self._socket.recv(READ_BYTES)
-            except socket.timeout:
+            except TimeoutError:
                 self._rest = b"".join(parts)
                 raise Late from None
             except OSError as error:

@@ -1,0 +1,120 @@
+"""Steps per second of a hosted simulator: bare, through env hosts, with several chunk lengths and numbers of hosts; start-up and memory.
+
+    python benchmarks/envs.py libero --tasks libero_object-0 --python /path/to/python --hosts 1 2 --chunks 1 8 --steps 32
+
+`bare` is the adapter in a loop of its own, by the same interpreter, rendering as often; overhead is what the pool adds to one host.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BARE = """
+import importlib, json, sys, time
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from vlarl.envs.spec import EnvSpec, EpisodeSpec
+job = json.loads(sys.argv[2])
+spec = EnvSpec(**dict(job["spec"], tasks=tuple(job["spec"]["tasks"])))
+module, name = job["adapter"].split(":")
+start = time.perf_counter()
+simulator = getattr(importlib.import_module(module), name)(job["settings"], spec)
+image = np.zeros((spec.views, spec.height, spec.width, 3), np.uint8)
+state = np.zeros(spec.state_dim, np.float32)
+simulator.reset(EpisodeSpec(0, 0, 0, 0))
+simulator.observe(image, state)
+rows = {"start": time.perf_counter() - start}
+for chunk in job["chunks"]:
+    action = np.zeros((chunk, spec.action_dim), np.float32)
+    begin = time.perf_counter()
+    for _ in range(job["steps"] // chunk):
+        simulator.play(action)
+        simulator.observe(image, state)
+    rows[str(chunk)] = job["steps"] // chunk * chunk / (time.perf_counter() - begin)
+print("RESULT" + json.dumps(rows), flush=True)
+simulator.close()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("simulator")
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--hosts", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--chunks", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--steps", type=int, default=32)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "src"))
+    from dataclasses import asdict
+
+    from vlarl import serial
+    from vlarl.envs.base import HOSTED
+    from vlarl.plan.specs import simulator_spec
+    from vlarl.recipe.schema import Env
+
+    env = Env(
+        simulator=options.simulator,
+        tasks=tuple(options.tasks),
+        horizon=10**6,
+        image_size=options.size,
+        wrist_camera=True,
+        python=options.python,
+    )
+    spec, settings = simulator_spec(env), serial.to_dict(env)
+    job = {"adapter": HOSTED[env.simulator], "settings": settings, "spec": asdict(spec), "chunks": options.chunks, "steps": options.steps}
+    done = subprocess.run([options.python, "-c", BARE, str(ROOT / "src"), json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True)
+    bare = json.loads(done.stdout[done.stdout.index("RESULT") + 6 :])
+    print(f"bare: first frame after {bare['start']:.1f} s; " + speeds({c: bare[str(c)] for c in options.chunks}), flush=True)
+    for count in options.hosts:
+        found, start, memory = hosted(job, spec, options.python, count)
+        line = f"{count} hosts: first frames after {start:.1f} s; {memory / 2**30:.2f} GiB each; {speeds(found)}"
+        if count == 1:
+            line += "; pool overhead " + ", ".join(f"{bare[str(c)] / found[c] - 1:+.1%} (chunk {c})" for c in options.chunks)
+        print(line, flush=True)
+
+
+def speeds(by_chunk: dict[int, float]) -> str:
+    """`2.1 steps/s at chunk 1, 8.4 at chunk 8`."""
+    return "steps/s " + ", ".join(f"{speed:.2f} at chunk {chunk}" for chunk, speed in by_chunk.items())
+
+
+def hosted(job: dict[str, Any], spec: Any, python: str, count: int) -> tuple[dict[int, float], float, float]:
+    """Steps per second of all slots together by chunk length, seconds to the first frames, bytes of the largest host."""
+    import psutil
+    import torch
+
+    from vlarl.envs.hosts import HostedEnv, Hosting
+    from vlarl.envs.spec import EpisodeSpec
+
+    with tempfile.TemporaryDirectory() as logs:
+        hosting = Hosting(job["adapter"], job["settings"], python, 1, 900.0, 900.0, {}, Path(logs))
+        start = time.perf_counter()
+        env = HostedEnv(count, 0, spec, hosting, torch.device("cpu"), lambda n, total: None)
+        try:
+            every, active = torch.arange(count), torch.ones(count, dtype=torch.bool)
+            env.reset(every, [EpisodeSpec(n, 0, 0, 0) for n in range(count)])
+            started = time.perf_counter() - start
+            found = {}
+            for chunk in job["chunks"]:
+                action, begin = torch.zeros(count, chunk, spec.action_dim), time.perf_counter()
+                for _ in range(job["steps"] // chunk):
+                    env.step_chunk(action, active)
+                    env.observe(every)
+                found[chunk] = count * (job["steps"] // chunk) * chunk / (time.perf_counter() - begin)
+            memory = max(p.memory_info().rss for p in psutil.Process().children())
+        finally:
+            env.close()
+    return found, started, memory
+
+
+if __name__ == "__main__":
+    main()
