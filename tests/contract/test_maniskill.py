@@ -79,14 +79,15 @@ def test_nothing_is_rendered_while_stepping(pick: Simulation, monkeypatch: pytes
 
 
 def test_frames_are_upright_and_show_what_moves(pick: Simulation) -> None:
-    """The red cube is red where the camera's own geometry says that it is."""
+    """The red cube and the green goal are seen where the camera's own geometry says that they are."""
     pick.reset([0], [episode(5)])
     before = pick.look()[0, 0].float()
     params = pick.base.get_sensor_params()["base_camera"]
-    cube = torch.cat([pick.base.cube.pose.p[0], torch.ones(1)])
-    x, y, depth = (params["intrinsic_cv"][0] @ (params["extrinsic_cv"][0] @ cube)).tolist()
-    red, green, blue = before[int(y / depth), int(x / depth)].tolist()
-    assert red > 1.5 * max(green, blue)
+    for thing, channel in ((pick.base.cube, 0), (pick.base.goal_site, 1)):
+        point = torch.cat([thing.pose.p[0], torch.ones(1)])
+        x, y, depth = (params["intrinsic_cv"][0] @ (params["extrinsic_cv"][0] @ point)).tolist()
+        colour = before[int(y / depth), int(x / depth)]
+        assert colour.argmax() == channel and colour[channel] > 1.5 * colour.sort().values[1]
     assert before.shape == (64, 64, 3) and before.std() > 10
     for _ in range(4):
         pick.step(torch.tensor([[0.0, 1, 0, 0, 0, 0, OPEN]]))
@@ -161,7 +162,8 @@ def test_a_chunk_is_its_actions_one_by_one_and_ends_with_the_horizon() -> None:
 
 def test_a_saved_episode_goes_on_where_it_was() -> None:
     recipe = env(reward="dense")
-    one, index, active = ManiSkill(1, serial.to_dict(recipe), simulator_spec(recipe), CPU), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+    one = ManiSkill(1, serial.to_dict(recipe), simulator_spec(recipe), CPU)
+    index, active = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
     one.reset(index, [episode(9)])
     for seed in (1, 2):
         one.step_chunk(actions(3, seed)[None], active)

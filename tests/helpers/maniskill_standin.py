@@ -1,4 +1,4 @@
-"""Stand-ins for ManiSkill's files that no package index has: a WidowX of boxes, a table, coloured shapes. For tests of code, never for figures.
+"""Stand-ins for ManiSkill's files that no package index has: a WidowX of boxes, a table, coloured shapes. For tests, never for figures.
 
 Importing this sets MS_ASSET_DIR, which ManiSkill reads when it is imported: import it first.
 """

@@ -27,7 +27,10 @@ ALLOWED = {
     "envs.maniskill.plate_settings": (),
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
     "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
-    "plan": ("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec", "policies.spec", "policies.layout"),
+    "plan": (
+        *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
+        *("policies.spec", "policies.layout"),
+    ),
     "launch": ("errors", "serial", "recipe", "plan"),
     "launch.lifeline": (),
     "envs": ("errors", "rng", "types"),

@@ -74,7 +74,7 @@ def test_every_id_names_things_that_exist(name: str) -> None:
         assert set(getattr(got, field).tolist()) == set(range(first, first + count))
     assert got.position.max() < len(positions(setting.layout)) and got.yaw.max() < len(plate.yaws(setting.layout))
     limit = {"": 1, "texture": PHOTOS, "sentence": len(SENTENCES), "arm": 14_376, "object": 25, "plate": 17}[setting.extra]
-    assert 0 <= got.extra.min() and got.extra.max() < limit
+    assert got.extra.min() >= 0 and got.extra.max() < limit
     as_tensor = decode(setting, torch.from_numpy(ids))
     assert as_tensor.extra.dtype == torch.int64 and as_tensor.extra.tolist() == got.extra.tolist()
 
@@ -98,5 +98,5 @@ def test_places_in_metres() -> None:
     """The first object stands in a corner, its first partner three steps (9 cm) away."""
     first = positions("pair")[0]
     assert np.allclose(first, [[-0.235, -0.075, 0.9], [-0.235, 0.015, 0.9]])
-    assert np.isclose(np.linalg.norm(first[0] - first[1]), 3 * 0.03) and 3 > sqrt(5.44)
+    assert np.isclose(np.linalg.norm(first[0] - first[1]), 3 * 0.03) and sqrt(5.44) < 3
     assert sentence(3, "carrot", "plate") == "move the carrot to the plate"

@@ -115,7 +115,7 @@ def _expand(simulator: str, task: str) -> tuple[str, ...] | None:
 def _maniskill(env: Env) -> list[Clash]:
     found, said = [], env.maniskill.instructions
     if env.variation != "train" and env.tasks != (maniskill.PLATE_TASK,):
-        rule = f"settings of the plate suite are played by {maniskill.PLATE_TASK} alone. Make it the only task, or set env.variation to train."
+        rule = f"settings of the plate suite are played by {maniskill.PLATE_TASK}. Make it the only task, or set env.variation to train."
         found.append(Clash("env.variation", rule, ("env.tasks",)))
     if said and len(said) != len(env.tasks):
         rule = f"{len(said)} sentences for {len(env.tasks)} tasks. Give one per task, in their order, or none."

@@ -1,8 +1,8 @@
-"""Owns the check that a task's files are there before ManiSkill asks for them on the terminal, and the message that names what is missing."""
+"""Owns the check that a task's files are there before ManiSkill asks for them on the terminal, and what is said where they are not."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 from vlarl.errors import MachineError
 
@@ -16,17 +16,17 @@ def require_assets(task: str) -> None:
     require_sources([one for name in named for one in _sources(data, name)], task)
 
 
-def require_sources(sources: List[str], wanted_by: str) -> None:
+def require_sources(sources: list[str], wanted_by: str) -> None:
     """MachineError where one of ManiSkill's data sources is not on the disk."""
     from mani_skill.utils.assets import data
 
     missing = [name for name in sources if not data.is_data_source_downloaded(name)]
     if missing:
         places = [str(Path(data.DATA_SOURCES[name].output_dir) / str(data.DATA_SOURCES[name].target_path)) for name in missing]
-        listed = ", ".join("{} (belongs in {})".format(name, place) for name, place in zip(missing, places))
+        listed = ", ".join(f"{name} (belongs in {place})" for name, place in zip(missing, places, strict=True))
         raise MachineError(
-            "env.tasks: {} needs files that are not there: {}.".format(wanted_by, listed),
-            "Get them with: " + " && ".join("python -m mani_skill.utils.download_asset {} -y".format(name) for name in missing)
+            f"env.tasks: {wanted_by} needs files that are not there: {listed}.",
+            "Get them with: " + " && ".join(f"python -m mani_skill.utils.download_asset {name} -y" for name in missing)
             + "; or set env.maniskill.assets to the folder that has them under data/.",
         )
 
@@ -37,12 +37,12 @@ def refuse_questions() -> None:
 
     def refuse(message: str) -> bool:
         raise MachineError(
-            "ManiSkill misses files and asks: {}".format(message),
+            f"ManiSkill misses files and asks: {message}",
             "Get them with python -m mani_skill.utils.download_asset (--list shows what there is).",
         )
 
     download_asset.prompt_yes_no = refuse
 
 
-def _sources(data: Any, name: str) -> List[str]:
+def _sources(data: Any, name: str) -> list[str]:
     return data.expand_data_group_into_individual_data_source_ids(name) if name in data.DATA_GROUPS else [name]

@@ -1,11 +1,11 @@
 """Owns the ready BRDF table that SAPIEN's cameras look up, so that the first picture of a process does not wait for a larger one.
 
-SAPIEN computes a 512 x 512 table on its "GPU" before the first picture: 7 to 15 s where Mesa's lavapipe plays the GPU. Given a table it takes
-that one. Ours has 64 x 64 entries; pictures are the same.
+SAPIEN computes a 512 x 512 table on its "GPU" before the first picture: 7 to 15 s where Mesa's lavapipe plays the GPU. Given a table it
+takes that one. Ours has 64 x 64 entries; pictures are the same, byte for byte.
 """
 from __future__ import annotations
 
-from typing import Any, Set
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def install() -> None:
     take_picture = camera_class.take_picture
     if getattr(take_picture, "with_ready_table", False):
         return
-    ready: Set[int] = set()
+    ready: set[int] = set()
     texture: Any = None
 
     def with_table(camera: Any) -> None:

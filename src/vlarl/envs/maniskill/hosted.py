@@ -1,7 +1,7 @@
 """Owns Slot: ManiSkill on the CPU, one scene, as an env host plays it. See envs.host.protocol."""
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ from vlarl.envs.spec import EnvSpec, EpisodeSpec
 class Slot:
     """Scenes are opened when an episode first asks for their task, and kept. settings: the recipe's `env` section."""
 
-    def __init__(self, settings: Dict[str, Any], spec: EnvSpec) -> None:
+    def __init__(self, settings: dict[str, Any], spec: EnvSpec) -> None:
         torch.set_num_threads(1)
         self._settings, self._spec = settings, spec
-        self._open: Dict[str, Simulation] = {}
+        self._open: dict[str, Simulation] = {}
         self._now = self._simulation(spec.tasks[0])
 
     def reset(self, episode: EpisodeSpec) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 from vlarl.envs.maniskill.plate_settings import OBJECTS, PHOTOS, PLATES
 from vlarl.errors import MachineError
@@ -33,18 +33,18 @@ class Model:
     visual: Path
     density: float
     scale: float
-    size: Tuple[float, float, float]
+    size: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class PlateAssets:
     """All files of the suite, in the order of the asset tables, which episode ids count by. mix: weight of each texture, 0..1."""
 
-    objects: Tuple[Model, ...]
-    plates: Tuple[Model, ...]
-    photos: Tuple[Path, ...]
-    textures: Tuple[Path, ...]
-    mix: Tuple[float, ...]
+    objects: tuple[Model, ...]
+    plates: tuple[Model, ...]
+    photos: tuple[Path, ...]
+    textures: tuple[Path, ...]
+    mix: tuple[float, ...]
 
 
 def read_assets(folder: Path) -> PlateAssets:
@@ -52,7 +52,7 @@ def read_assets(folder: Path) -> PlateAssets:
     root = folder / "carrot"
     tables = [root / name / "model_db.json" for name in ("more_carrot", "more_plate", "more_table")]
     _require([t for t in tables if not t.is_file()], folder)
-    objects, plates, photos = [_table(t, count) for t, count in zip(tables, (OBJECTS, PLATES, PHOTOS))]
+    objects, plates, photos = [_table(t, count) for t, count in zip(tables, (OBJECTS, PLATES, PHOTOS), strict=True)]
     place = root / "more_table"
     assets = PlateAssets(
         objects=tuple(_model(root / "more_carrot" / name, row) for name, row in objects.items()),
@@ -67,27 +67,27 @@ def read_assets(folder: Path) -> PlateAssets:
     return assets
 
 
-def _table(path: Path, count: int) -> Dict[str, Any]:
+def _table(path: Path, count: int) -> dict[str, Any]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     if len(rows) != count:
-        raise MachineError("{} lists {} things, expected {}.".format(path, len(rows), count), "Fetch the files anew.")
+        raise MachineError(f"{path} lists {len(rows)} things, expected {count}.", "Fetch the files anew.")
     return rows
 
 
-def _model(folder: Path, row: Dict[str, Any]) -> Model:
+def _model(folder: Path, row: dict[str, Any]) -> Model:
     # The published code draws one of several scales with a seed of its own; every published model has a single one.
     scale = float(row["scale"][0]) if row.get("scale") else SCALE
     low, high = row["bbox"]["min"], row["bbox"]["max"]
-    size = tuple((b - a) * scale for a, b in zip(low, high))
+    size = tuple((b - a) * scale for a, b in zip(low, high, strict=True))
     visual = next((folder / name for name in VISUALS if (folder / name).is_file()), folder / VISUALS[0])
     density = float(row["density"]) if "density" in row else DENSITY
     return Model(row["name"], folder / "collision.obj", visual, density, scale, (size[0], size[1], size[2]))
 
 
-def _require(missing: List[Path], folder: Path) -> None:
+def _require(missing: list[Path], folder: Path) -> None:
     if missing:
-        more = " and {} more".format(len(missing) - 3) if len(missing) > 3 else ""
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         listed = ", ".join(str(path) for path in missing[:3])
         raise MachineError(
-            "the 25-object plate suite misses files: {}{}.".format(listed, more), "Get them with: " + DOWNLOAD.format(folder)
+            f"the 25-object plate suite misses files: {listed}{more}.", "Get them with: " + DOWNLOAD.format(folder)
         )

@@ -5,10 +5,10 @@ An episode is one number, read as digits of mixed radix; ids mean the same scene
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import pi, prod
-from typing import Any, Tuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,7 @@ def _points(lines: tuple[float, ...]) -> NDArray[np.float64]:
     return grid * HALF_EDGE + np.array(CENTRE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def positions(layout: Layout) -> NDArray[np.float64]:
     """Places of object, plate and, where there is a third, distractor or goal of the jump: (N, 2 or 3, 3) metres. Do not write to it."""
     points = _points(INNER_LINES)
@@ -111,7 +111,7 @@ def yaws(layout: Layout) -> tuple[float, ...]:
     return OUTER_YAWS if layout == "outer pair" else YAWS
 
 
-@lru_cache(maxsize=None)
+@cache
 def arm_offsets() -> NDArray[np.float64]:
     """(14376, 8) radians and metres added to the joints at the start; row 0 is the usual start, the others are drawn by EEPose."""
     rows = [q for q in product(*[ARM_STEPS] * 5, WRIST_STEPS) if abs(q[1] + q[2]) <= MAX_LEAN]

@@ -1,4 +1,4 @@
-"""Owns the pictures of the plate suite: robot and things pasted onto photographs of tables, textures blended in. Batched tensors, no simulator.
+"""Owns the pictures of the plate suite: robot and things pasted onto photographs, textures blended in. Batched tensors, no simulator.
 
 Legend: B scenes, H W pixels, C = 3. Colours run from 0 to 255.
 """

@@ -7,7 +7,7 @@ are for training, the rest is unseen.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Tuple
+from typing import Literal
 
 Layout = Literal["pair", "outer pair", "third object", "third plate"]
 Extra = Literal["", "texture", "sentence", "arm", "object", "plate"]

@@ -1,12 +1,12 @@
 """Owns PutOnPlateInScene25, the ManiSkill task of the plate suite: one class, its settings in a table, no loop over parallel scenes.
 
-An episode is fixed by `options["episode_id"]` alone (see `plate_episodes`); without ids they are drawn from torch's generator. Episodes end in
-success once the object lies on the plate. Numbers and conventions are the published ones of RL4VLA and RLinf-VLA.
+An episode is fixed by `options["episode_id"]` alone (see `plate_episodes`); without ids they are drawn from torch's generator. Success is
+an object that lies on the plate. Numbers and conventions are the published ones of RL4VLA and RLinf-VLA.
 """
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import cv2
 import numpy as np
@@ -61,10 +61,10 @@ class PutOnPlateInScene25(BaseEnv):
 
     # Scene
 
-    def _load_agent(self, options: Dict[str, Any]) -> None:
+    def _load_agent(self, options: dict[str, Any]) -> None:
         super()._load_agent(options, sapien.Pose(*ROBOT_POSE))
 
-    def _load_scene(self, options: Dict[str, Any]) -> None:
+    def _load_scene(self, options: dict[str, Any]) -> None:
         for robot in self.agent.robot._objs:
             sapien_utils.set_articulation_render_material(robot, specular=0.9, roughness=0.3)
         builder = self.scene.create_actor_builder()
@@ -78,8 +78,8 @@ class PutOnPlateInScene25(BaseEnv):
         self._plate_rows = list(range(s.plates[1], sum(s.plates)))
         if s.extra == "plate":
             self._plate_rows = list(range(s.extra_first, s.extra_first + s.extra_modulo))
-        self._objects = [self._build(self.assets.objects[r], "object-{}".format(r), r, "objects") for r in self._object_rows]
-        self._plates = [self._build(self.assets.plates[r], "plate-{}".format(r), r, "plates") for r in self._plate_rows]
+        self._objects = [self._build(self.assets.objects[r], f"object-{r}", r, "objects") for r in self._object_rows]
+        self._plates = [self._build(self.assets.plates[r], f"plate-{r}", r, "plates") for r in self._plate_rows]
         self._to_device()
         self._blank_episodes()
 
@@ -111,16 +111,16 @@ class PutOnPlateInScene25(BaseEnv):
         rows = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self._object_B, self._plate_B, self._photo_B, self._position_B, self._yaw_B, self._extra_B = (rows.clone() for _ in range(6))
         self._object_size_B3, self._plate_size_B3 = torch.zeros(2, self.num_envs, 3, device=self.device).unbind()
-        self._holding_B = rows.clone()
+        self._holding_B, self._counted_B = rows.clone(), rows.clone()
         self._ever_held_B, self._ever_firm_B = (torch.zeros(self.num_envs, dtype=torch.bool, device=self.device) for _ in range(2))
 
-    def _load_lighting(self, options: Dict[str, Any]) -> None:
+    def _load_lighting(self, options: dict[str, Any]) -> None:
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
         self.scene.add_directional_light([0, 0, -1], [2.2, 2.2, 2.2])
         self.scene.add_directional_light([-1, -0.5, -1], [0.7, 0.7, 0.7])
         self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
 
-    def _after_reconfigure(self, options: Dict[str, Any]) -> None:
+    def _after_reconfigure(self, options: dict[str, Any]) -> None:
         ids = [actor._objs[0].per_scene_id for actor in self._objects + self._plates]
         ids += [link._objs[0].entity.per_scene_id for link in self.agent.robot.get_links()]
         self._foreground_ids = torch.tensor(ids, dtype=torch.int16, device=self.device)
@@ -128,7 +128,7 @@ class PutOnPlateInScene25(BaseEnv):
 
     # Episodes
 
-    def _initialize_episode(self, env_idx: Tensor, options: Dict[str, Any]) -> None:
+    def _initialize_episode(self, env_idx: Tensor, options: dict[str, Any]) -> None:
         b = len(env_idx)
         ids = options["episode_id"].to(self.device) if "episode_id" in options else self._draw_ids(b)
         chosen, s = decode(self.setting, ids), self.setting
@@ -143,7 +143,7 @@ class PutOnPlateInScene25(BaseEnv):
             (self._objects, self._object_rows, "object", chosen.object, 0, quat_b4),
             (self._plates, self._plate_rows, "plate", chosen.plate, 1, plate_quat_b4),
         ):
-            for actor, row in zip(actors, rows):
+            for actor, row in zip(actors, rows, strict=True):
                 here, distracts = (first == row)[:, None], (chosen.extra == row)[:, None] if s.extra == kind else None
                 parked = torch.tensor([PARKED_X[kind + "s"], PARKED_GAP * row, PARKED_Z], device=self.device)
                 p = torch.where(here, places_bP3[:, place], parked)
@@ -157,6 +157,7 @@ class PutOnPlateInScene25(BaseEnv):
         self._plate_size_B3[env_idx] = self._plate_sizes_R3[chosen.plate]
         for counter in (self._holding_B, self._ever_held_B, self._ever_firm_B):
             counter[env_idx] = 0
+        self._counted_B[env_idx] = -1
 
     def episodes(self) -> int:
         """How many different ids there are."""
@@ -172,7 +173,7 @@ class PutOnPlateInScene25(BaseEnv):
         p, q = self._places_NP3[self._position_B, 2], self._quats_Y4[self._yaw_B]
         if self.gpu_sim_enabled:
             self.scene._gpu_fetch_all()  # poses of the scenes in which nothing jumps
-        for actor, row in zip(self._objects, self._object_rows):
+        for actor, row in zip(self._objects, self._object_rows, strict=True):
             mine, now = (jumping_B & (self._object_B == row))[:, None], actor.pose
             actor.set_pose(Pose.create_from_pq(torch.where(mine, p, now.p), torch.where(mine, q, now.q)))
         if self.gpu_sim_enabled:
@@ -180,12 +181,13 @@ class PutOnPlateInScene25(BaseEnv):
 
     # Judging
 
-    def evaluate(self) -> Dict[str, Tensor]:
-        object_p, plate_p = self._pose_of(self._objects, self._object_rows, self._object_B), self._pose_of(
-            self._plates, self._plate_rows, self._plate_B
-        )
+    def evaluate(self) -> dict[str, Tensor]:
+        object_p = self._pose_of(self._objects, self._object_rows, self._object_B)
+        plate_p = self._pose_of(self._plates, self._plate_rows, self._plate_B)
         held = self._held()
-        self._holding_B = torch.where(held, self._holding_B + 1, 0)
+        new_step = self._elapsed_steps != self._counted_B  # a reset of other scenes judges all of them once more
+        self._holding_B = torch.where(new_step, torch.where(held, self._holding_B + 1, 0), self._holding_B)
+        self._counted_B = self._elapsed_steps.long()
         self._ever_held_B = self._ever_held_B | held
         self._ever_firm_B = self._ever_firm_B | (self._holding_B >= FIRM_STEPS)
         offset = object_p - plate_p
@@ -193,9 +195,9 @@ class PutOnPlateInScene25(BaseEnv):
         above = torch.linalg.norm(offset[:, :2], dim=1) <= self._plate_size_B3.amax(1) / 2 + NEAR_XY
         gap = offset[:, 2] - (self._plate_size_B3[:, 2] + self._object_size_B3[:, 2]) / 2
         resting = above & (offset[:, 2] > 0) & (gap <= NEAR_Z) & (self._plate_force() > TOUCH_FORCE)
-        return {"is_src_obj_grasped": self._ever_held_B, "consecutive_grasp": self._ever_firm_B, "src_on_target": resting, "success": resting}
+        return {"is_src_obj_grasped": self._ever_held_B, "consecutive_grasp": self._ever_firm_B, "success": resting}
 
-    def _pose_of(self, actors: List[Actor], rows: List[int], chosen_B: Tensor) -> Tensor:
+    def _pose_of(self, actors: list[Actor], rows: list[int], chosen_B: Tensor) -> Tensor:
         """Position of the chosen one of `actors` in each scene, float32 (B, 3)."""
         p_RB3 = torch.stack([actor.pose.p for actor in actors])
         return p_RB3[chosen_B - rows[0], torch.arange(len(chosen_B), device=self.device)]
@@ -214,27 +216,28 @@ class PutOnPlateInScene25(BaseEnv):
             return torch.linalg.norm(self.scene.get_pairwise_contact_forces(*pair), dim=1)
         px = self.scene.px
         if self._contact_query is None:  # one query for every pair in every scene, made once
-            bodies = [(a, b) for thing in self._objects for plate in self._plates for a, b in zip(thing._bodies, plate._bodies)]
+            pairs = [(thing._bodies, plate._bodies) for thing in self._objects for plate in self._plates]
+            bodies = [scene for a, b in pairs for scene in zip(a, b, strict=True)]
             self._contact_query = px.gpu_create_contact_pair_impulse_query(bodies)
         px.gpu_query_contact_pair_impulses(self._contact_query)
         impulse = self._contact_query.cuda_impulses.torch().view(len(self._objects), len(self._plates), self.num_envs, 3)
         scene = torch.arange(self.num_envs, device=self.device)
         return torch.linalg.norm(impulse[self._object_B - first_object, self._plate_B - first_plate, scene], dim=1) / px.timestep
 
-    def compute_normalized_dense_reward(self, obs: Any, action: Tensor, info: Dict[str, Tensor]) -> Tensor:
+    def compute_normalized_dense_reward(self, obs: Any, action: Tensor, info: dict[str, Tensor]) -> Tensor:
         """0.1 once the object was grasped, 0.1 once firmly, 1 while it lies on the plate after a grasp."""
         held, firm = info["is_src_obj_grasped"], info["consecutive_grasp"]
         return 0.1 * held.float() + 0.1 * firm.float() + (info["success"] & held).float()
 
     # What a policy is told and sees
 
-    def get_language_instruction(self) -> List[str]:
+    def get_language_instruction(self) -> list[str]:
         """One sentence per scene."""
         numbers = self._extra_B if self.setting.extra == "sentence" else torch.zeros_like(self._extra_B)
-        rows = zip(numbers.tolist(), self._object_B.tolist(), self._plate_B.tolist())
+        rows = zip(numbers.tolist(), self._object_B.tolist(), self._plate_B.tolist(), strict=True)
         return [sentence(n, self.assets.objects[o].name, self.assets.plates[p].name) for n, o, p in rows]
 
-    def get_obs(self, info: Optional[Dict[str, Any]] = None, unflattened: bool = True) -> Dict[str, Any]:
+    def get_obs(self, info: dict[str, Any] | None = None, unflattened: bool = True) -> dict[str, Any]:
         obs = super().get_obs(info, unflattened=True)
         if not obs:  # observing is switched off
             return obs
@@ -250,7 +253,7 @@ class PutOnPlateInScene25(BaseEnv):
         return obs
 
 
-def _pictures(files: List[Path], scale: int) -> Tensor:
+def _pictures(files: list[Path], scale: int) -> Tensor:
     """RGB pictures, uint8 (R, 480 * scale, 640 * scale, 3), on the CPU."""
     size = (WIDTH * scale, HEIGHT * scale)
     read = [cv2.resize(cv2.cvtColor(cv2.imread(str(f)), cv2.COLOR_BGR2RGB), size) for f in files]

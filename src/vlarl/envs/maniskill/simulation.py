@@ -6,9 +6,10 @@ Cameras render when `look` is called, never while stepping. What an episode does
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ from vlarl.rng import fold, integers
 
 PASTED = "rgb+segmentation"  # observation mode of tasks that paste robot and things onto a photograph; their camera has a fixed size
 BRIDGE_CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
-GRIPPER_THRESHOLD = {"sign": 0.0, "unit": 0.5}
-MESA = "Install Mesa 25 or newer (mesa-vulkan-drivers; on Debian 12 from bookworm-backports), or point VK_ICD_FILENAMES at its lvp_icd.json."
+GRIPPER_THRESHOLD = {"sign": 0.0, "unit": 0.5, "continuous": None}
+MESA = "Install Mesa 25 or newer (mesa-vulkan-drivers; Debian 12: from bookworm-backports), or set VK_ICD_FILENAMES to its lvp_icd.json."
 
 
 class Outcome(NamedTuple):
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
 class Simulation:
     """`scenes` scenes of one task. settings: the recipe's `env` section as a dict; cuda: simulate and render on the GPU."""
 
-    def __init__(self, task: str, scenes: int, settings: Dict[str, Any], spec: EnvSpec, cuda: bool) -> None:
+    def __init__(self, task: str, scenes: int, settings: dict[str, Any], spec: EnvSpec, cuda: bool) -> None:
         """MachineError for missing files or a missing renderer, PlanError for a task, camera or controller that there is not."""
         own = settings["maniskill"]
         if own["assets"] is not None:
@@ -45,7 +46,7 @@ class Simulation:
         self.task, self.scenes, self._spec, self._reward = task, scenes, spec, settings["reward"]
         row = _registered(task, own["register"])
         self._visual_mode = PASTED if list(row.cls.SUPPORTED_OBS_MODES) == [PASTED] else "rgb"
-        make: Dict[str, Any] = {
+        make: dict[str, Any] = {
             "num_envs": scenes, "obs_mode": self._visual_mode, "reward_mode": self._reward_mode(row.cls),
             "control_mode": BRIDGE_CONTROL if self._visual_mode == PASTED else own["control_mode"],
             "sim_backend": "physx_cuda" if cuda else "physx_cpu", "render_backend": "gpu" if cuda else "cpu",
@@ -56,17 +57,19 @@ class Simulation:
             make["setting"] = settings["variation"]
         self.base = _make(row, make)
         if own["show_goals"]:
-            self.base._hidden_objects.clear()
+            for mark in self.base._hidden_objects:
+                mark.show_visual()
+            self.base._hidden_objects = []
         self._parts = self._action_parts(make["control_mode"])
-        self._threshold = GRIPPER_THRESHOLD[own["gripper"]] if own["gripper"] in GRIPPER_THRESHOLD else None
+        self._threshold = GRIPPER_THRESHOLD[own["gripper"]]
         self._cameras = self._choose_cameras(own["cameras"])
-        told = dict(zip(settings["tasks"], own["instructions"]))
+        told = dict(zip(settings["tasks"], own["instructions"], strict=True))
         self._instruction = told.get(task) or INSTRUCTIONS.get(task) or spelt_out(task)
         self._told = task in told
         self._by_id = hasattr(row.cls, "episodes_from_ids")
         self.device = self.base.device
         self.base._obs_mode = "none"  # steps and resets look at nothing from here on
-        self._info: Dict[str, Any] = {}
+        self._info: dict[str, Any] = {}
         self._dense_B = torch.zeros(scenes, device=self.device)
 
     def reset(self, rows: Sequence[int], episodes: Sequence[EpisodeSpec]) -> None:
@@ -75,7 +78,7 @@ class Simulation:
             ids = [int(integers(fold(e.seed, e.init_state), self.base.episodes())) for e in episodes]
             self._start(list(rows), 0, {"episode_id": torch.tensor(ids, dtype=torch.int64)})
         else:  # ManiSkill seeds a whole reset with one number, so each episode is reset by itself
-            for row, episode in zip(rows, episodes):
+            for row, episode in zip(rows, episodes, strict=True):
                 self._start([row], int(integers(fold(episode.seed, episode.init_state), 2**31)), {})
         if self._reward == "relative":
             now = self.base.get_reward(obs={}, action=torch.zeros(self.scenes, len(self._parts), device=self.device), info=self._info)
@@ -112,13 +115,13 @@ class Simulation:
 
         agent, state = self.base.agent, torch.zeros(self.scenes, STATE_DIM, device=self.device)
         links = agent.robot.links_map
-        tool = getattr(agent, "tcp", None) or (links["ee_gripper_link"] if "ee_gripper_link" in links else None)
+        tool = getattr(agent, "tcp", None) or links.get("ee_gripper_link")
         if tool is not None:
             state[:, :3], state[:, 3:6] = tool.pose.p, quaternion_to_axis_angle(tool.pose.q)
             state[:, 6:] = agent.robot.get_qpos()[:, -2:]
         return state
 
-    def instructions(self) -> List[str]:
+    def instructions(self) -> list[str]:
         """One sentence per scene: the recipe's, else the task's own, else ours."""
         own = getattr(self.base, "get_language_instruction", None)
         if own is None or self._told:
@@ -126,18 +129,18 @@ class Simulation:
         said = own()
         return [said] * self.scenes if isinstance(said, str) else list(said)
 
-    def freeze(self, rows: Tensor, kept: Dict[str, Any]) -> Dict[str, Any]:
+    def freeze(self, rows: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
         """Note the present state of the scenes `rows` (int64) in `kept` (what an earlier call gave, or empty)."""
         return _overwrite(kept, self.base.get_state_dict(), rows) if kept else _copy(self.base.get_state_dict())
 
-    def thaw(self, rows: Tensor, kept: Dict[str, Any]) -> None:
+    def thaw(self, rows: Tensor, kept: dict[str, Any]) -> None:
         """Put the scenes `rows` back to their noted state, to be looked at."""
-        self.base.set_state_dict({k: v for k, v in _take(kept, rows).items() if k != "controller"}, rows)
+        self.base.set_state_dict(_take(kept, rows), rows)
 
     def close(self) -> None:
         self.base.close()
 
-    def _start(self, rows: List[int], seed: int, options: Dict[str, Any]) -> None:
+    def _start(self, rows: list[int], seed: int, options: dict[str, Any]) -> None:
         index = torch.tensor(rows, device=self.device)
         before = _copy(self.base.agent.get_controller_state())
         _, self._info = self.base.reset(seed=[seed] * self.scenes, options=dict(options, env_idx=index))
@@ -149,29 +152,27 @@ class Simulation:
         if self._reward == "sparse":
             return "none" if "none" in task_class.SUPPORTED_REWARD_MODES else task_class.SUPPORTED_REWARD_MODES[0]
         if "normalized_dense" not in task_class.SUPPORTED_REWARD_MODES:
-            raise PlanError("env.reward = {}: {} has no dense reward.".format(self._reward, self.task), "Set env.reward to sparse.")
+            raise PlanError(f"env.reward = {self._reward}: {self.task} has no dense reward.", "Set env.reward to sparse.")
         return "normalized_dense"
 
     def _action_parts(self, control_mode: str) -> Sequence[int]:
-        size = self.base.single_action_space.shape[0]
+        size = sum(getattr(self.base.single_action_space, "shape", None) or ())  # several robots have a dict of spaces
         if size not in ACTION_PARTS or "ee" not in control_mode:
-            modes = [m for m in self.base.agent.supported_control_modes if "ee" in m]
+            modes = [m for m in getattr(self.base.agent, "supported_control_modes", ()) if "ee" in m]
             raise PlanError(
-                "env.maniskill.control_mode = {}: {} takes {} numbers; a policy gives a hand's motion in 6 and the gripper.".format(
-                    control_mode, self.task, size
-                ),
+                f"env.maniskill.control_mode = {control_mode}: {self.task} takes {size} numbers; a policy gives a hand's motion and the gripper.",
                 "Choose one of: {}.".format(", ".join(modes) or "none of this robot's"),
             )
         return ACTION_PARTS[size]
 
-    def _choose_cameras(self, wanted: Sequence[str]) -> List[str]:
+    def _choose_cameras(self, wanted: Sequence[str]) -> list[str]:
         there = list(self.base.scene.sensors)
         if not there:
-            raise PlanError("env.tasks: {} has no camera.".format(self.task), "Choose a task that has one.")
+            raise PlanError(f"env.tasks: {self.task} has no camera.", "Choose a task that has one.")
         unknown = [name for name in wanted if name not in there]
         if unknown:
             raise PlanError(
-                "env.maniskill.cameras: {} has no camera {!r}.".format(self.task, unknown[0]), "It has: {}.".format(", ".join(there))
+                f"env.maniskill.cameras: {self.task} has no camera {unknown[0]!r}.", "It has: {}.".format(", ".join(there))
             )
         return list(wanted) or there[:1]
 
@@ -181,7 +182,7 @@ def _registered(task: str, modules: Sequence[str]) -> Any:
     try:
         import mani_skill.envs  # noqa: F401
     except ImportError as error:
-        raise MachineError("ManiSkill cannot be imported: {}.".format(error), "Install it: pip install mani-skill==3.0.1") from error
+        raise MachineError(f"ManiSkill cannot be imported: {error}.", "Install it: pip install mani-skill==3.0.1") from error
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     from vlarl.envs.maniskill.assets import refuse_questions, require_assets
@@ -195,7 +196,7 @@ def _registered(task: str, modules: Sequence[str]) -> Any:
     if task not in REGISTERED_ENVS:
         near = get_close_matches(task, list(REGISTERED_ENVS), n=3, cutoff=0.5)
         raise PlanError(
-            "env.tasks: ManiSkill has no task {!r}.".format(task),
+            f"env.tasks: ManiSkill has no task {task!r}.",
             "Did you mean {}? Tasks of your own are found through env.maniskill.register.".format(" or ".join(near) or "another one"),
         )
     require_assets(task)
@@ -204,7 +205,7 @@ def _registered(task: str, modules: Sequence[str]) -> Any:
     return REGISTERED_ENVS[task]
 
 
-def _make(row: Any, make: Dict[str, Any]) -> Any:
+def _make(row: Any, make: dict[str, Any]) -> Any:
     try:
         return row.cls(**dict(row.default_kwargs, **make))
     except RuntimeError as error:
@@ -220,15 +221,15 @@ def _resized(image_BHWC: Tensor, height: int, width: int) -> Tensor:
     return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _copy(state: Dict[str, Any]) -> Dict[str, Any]:
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, dict) else v.clone() for k, v in state.items()}
 
 
-def _take(state: Dict[str, Any], rows: Tensor) -> Dict[str, Any]:
+def _take(state: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return {k: _take(v, rows) if isinstance(v, dict) else v[rows] for k, v in state.items()}
 
 
-def _overwrite(old: Dict[str, Any], new: Dict[str, Any], rows: Tensor) -> Dict[str, Any]:
+def _overwrite(old: dict[str, Any], new: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """`old` with the rows of `new`, in place; nested dicts of tensors."""
     for key, value in new.items():
         if isinstance(value, dict):
