@@ -63,7 +63,7 @@ class Simulation:
         self._parts = self._action_parts(make["control_mode"])
         self._threshold = GRIPPER_THRESHOLD[own["gripper"]]
         self._cameras = self._choose_cameras(own["cameras"])
-        told = dict(zip(settings["tasks"], own["instructions"], strict=True))
+        told = dict(zip(settings["tasks"], own["instructions"], strict=True)) if own["instructions"] else {}
         self._instruction = told.get(task) or INSTRUCTIONS.get(task) or spelt_out(task)
         self._told = task in told
         self._by_id = hasattr(row.cls, "episodes_from_ids")
@@ -160,7 +160,7 @@ class Simulation:
         if size not in ACTION_PARTS or "ee" not in control_mode:
             modes = [m for m in getattr(self.base.agent, "supported_control_modes", ()) if "ee" in m]
             raise PlanError(
-                f"env.maniskill.control_mode = {control_mode}: {self.task} takes {size} numbers; a policy gives a hand's motion and the gripper.",
+                f"env.maniskill.control_mode = {control_mode}: {self.task} takes {size} numbers, not a hand's motion and the gripper.",
                 "Choose one of: {}.".format(", ".join(modes) or "none of this robot's"),
             )
         return ACTION_PARTS[size]
