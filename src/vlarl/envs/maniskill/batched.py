@@ -50,8 +50,9 @@ class ManiSkill:
         for row in going.nonzero()[:, 0].tolist():
             self._played[row].append(actions[row].clone())
         action_BKA = action_BKA.to(self.device)
-        ended_early, kept = torch.zeros_like(going), {}
-        columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        ended_early = torch.zeros_like(going)
+        kept: dict[str, Any] = {}
+        columns: list[tuple[Tensor, ...]] = []
         success = torch.zeros_like(going)
         for k in range(action_BKA.shape[1]):
             if not going.any():
@@ -82,10 +83,11 @@ class ManiSkill:
 
     def state_dict(self) -> dict[str, Any]:
         """The open episodes and what was played in them: a simulator's own state leaves out contacts and targets."""
-        open_ = [i for i, done in enumerate(self._done_B.tolist()) if not done]
+        done_B = self._done_B.tolist()
+        open_ = {i: episode for i, episode in enumerate(self._episode) if episode is not None and not done_B[i]}
         return {
-            "slots": open_,
-            "episodes": [astuple(self._episode[i]) for i in open_],  # type: ignore[call-overload]
+            "slots": list(open_),
+            "episodes": [astuple(episode) for episode in open_.values()],
             "played": [[chunk.clone() for chunk in self._played[i]] for i in open_],
         }
 
@@ -101,7 +103,7 @@ class ManiSkill:
             if t == longest:
                 break
             running = [n for n, length in enumerate(lengths) if longest - length <= t]
-            chunk = next(iter(state["played"][running[0]]))
+            chunk = state["played"][running[0]][0]
             action_BKA, active_B = torch.zeros(len(self._played), *chunk.shape), torch.zeros(len(self._played), dtype=torch.bool)
             for n in running:
                 action_BKA[state["slots"][n]] = state["played"][n][t - (longest - lengths[n])]
