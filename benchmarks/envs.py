@@ -2,17 +2,22 @@
 
     python benchmarks/envs.py libero --tasks libero_object-0 --python /path/to/python --hosts 1 2 --chunks 1 8 --steps 32
 
-`bare` is the adapter in a loop of its own, by the same interpreter, rendering as often; overhead is what the pool adds to one host.
+`bare` is the adapter in a loop of its own, by the same interpreter, rendering as often (once per chunk). Prints one JSON object: every
+repeat and two ratios: overhead (bare over one host, by chunk length), and chunk_gain, what rendering at the end of the longest chunk alone
+brings over the shortest.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +36,14 @@ state = np.zeros(spec.state_dim, np.float32)
 simulator.reset(EpisodeSpec(0, 0, 0, 0))
 simulator.observe(image, state)
 rows = {"start": time.perf_counter() - start}
-for chunk in job["chunks"]:
-    action = np.zeros((chunk, spec.action_dim), np.float32)
-    begin = time.perf_counter()
-    for _ in range(job["steps"] // chunk):
-        simulator.play(action)
-        simulator.observe(image, state)
-    rows[str(chunk)] = job["steps"] // chunk * chunk / (time.perf_counter() - begin)
+for repeat in range(job["repeats"]):
+    for chunk in job["chunks"]:
+        action = np.zeros((chunk, spec.action_dim), np.float32)
+        begin = time.perf_counter()
+        for _ in range(job["steps"] // chunk):
+            simulator.play(action)
+            simulator.observe(image, state)
+        rows.setdefault(str(chunk), []).append(job["steps"] // chunk * chunk / (time.perf_counter() - begin))
 print("RESULT" + json.dumps(rows), flush=True)
 simulator.close()
 """
@@ -52,6 +58,8 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     from dataclasses import asdict
@@ -70,25 +78,28 @@ def main() -> None:
         python=options.python,
     )
     spec, settings = simulator_spec(env), serial.to_dict(env)
-    job = {"adapter": HOSTED[env.simulator], "settings": settings, "spec": asdict(spec), "chunks": options.chunks, "steps": options.steps}
+    job = {"adapter": HOSTED[env.simulator], "settings": settings, "spec": asdict(spec)}
+    job |= {"chunks": options.chunks, "steps": options.steps, "repeats": options.repeats}
     done = subprocess.run([options.python, "-c", BARE, str(ROOT / "src"), json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True)
     bare = json.loads(done.stdout[done.stdout.index("RESULT") + 6 :])
-    print(f"bare: first frame after {bare['start']:.1f} s; " + speeds({c: bare[str(c)] for c in options.chunks}), flush=True)
-    for count in options.hosts:
-        found, start, memory = hosted(job, spec, options.python, count)
-        line = f"{count} hosts: first frames after {start:.1f} s; {memory / 2**30:.2f} GiB each; {speeds(found)}"
-        if count == 1:
-            line += "; pool overhead " + ", ".join(f"{bare[str(c)] / found[c] - 1:+.1%} (chunk {c})" for c in options.chunks)
-        print(line, flush=True)
+    found = {str(count): hosted(job, spec, options.python, count) for count in options.hosts}
+    result = {
+        "settings": {**vars(options), "json": None},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
+        "unit": "steps/s, all hosts together; start: seconds to the first frames; bytes: of the largest host",
+        "bare": bare,
+        "hosts": found,
+        "overhead": {c: median(bare[c]) / median(found["1"][c]) - 1 for c in map(str, options.chunks)} if "1" in found else None,
+        "chunk_gain": median(bare[str(options.chunks[-1])]) / median(bare[str(options.chunks[0])]),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text)
 
 
-def speeds(by_chunk: dict[int, float]) -> str:
-    """`2.1 steps/s at chunk 1, 8.4 at chunk 8`."""
-    return "steps/s " + ", ".join(f"{speed:.2f} at chunk {chunk}" for chunk, speed in by_chunk.items())
-
-
-def hosted(job: dict[str, Any], spec: Any, python: str, count: int) -> tuple[dict[int, float], float, float]:
-    """Steps per second of all slots together by chunk length, seconds to the first frames, bytes of the largest host."""
+def hosted(job: dict[str, Any], spec: Any, python: str, count: int) -> dict[str, Any]:
+    """As `bare`, through `count` hosts of one slot each, and the memory of the largest."""
     import psutil
     import torch
 
@@ -102,18 +113,18 @@ def hosted(job: dict[str, Any], spec: Any, python: str, count: int) -> tuple[dic
         try:
             every, active = torch.arange(count), torch.ones(count, dtype=torch.bool)
             env.reset(every, [EpisodeSpec(n, 0, 0, 0) for n in range(count)])
-            started = time.perf_counter() - start
-            found = {}
-            for chunk in job["chunks"]:
+            rows: dict[str, Any] = {"start": time.perf_counter() - start}
+            for chunk in job["chunks"] * job["repeats"]:
                 action, begin = torch.zeros(count, chunk, spec.action_dim), time.perf_counter()
                 for _ in range(job["steps"] // chunk):
                     env.step_chunk(action, active)
                     env.observe(every)
-                found[chunk] = count * (job["steps"] // chunk) * chunk / (time.perf_counter() - begin)
-            memory = max(p.memory_info().rss for p in psutil.Process().children())
+                speed = count * (job["steps"] // chunk) * chunk / (time.perf_counter() - begin)
+                rows.setdefault(str(chunk), []).append(speed)
+            rows["bytes"] = max(p.memory_info().rss for p in psutil.Process().children())
         finally:
             env.close()
-    return found, started, memory
+    return rows
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _placements(
 ) -> list[tuple[Placement, PlacementPlan]]:
     """What to run: of each mode and number of stages the division that is predicted best, or the most even one that fits."""
     assert recipe.ranks is not None
-    wanted = candidates(recipe.ranks, options.modes, options.stages)
+    wanted = candidates(recipe.ranks, options.modes, options.stages, recipe.placement)
     if costs is not None:
         fastest = [row.placement for row in compared(recipe, cluster, costs, wanted) if row.prediction is not None]
         wanted = fastest + [p for p in wanted if p not in fastest]

@@ -6,16 +6,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any, get_args
 
 from vlarl.errors import PlanError
 from vlarl.plan.choose import Candidate, candidates, compare
 from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan, rank_count
 from vlarl.plan.costs import predict
-from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.placement import Phase, PlacementPlan
 from vlarl.plan.profile import Profile
 from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe
+from vlarl.recipe.rules import show
 from vlarl.recipe.schema import Placement, Recipe
 from vlarl_cli import render
 
@@ -45,7 +47,7 @@ def compared(recipe: Recipe, cluster: Cluster, profile: Profile, placements: lis
     def build(placement: Placement) -> PlacementPlan:
         return compile_plan(replace(recipe, placement=placement), cluster, policy, env)
 
-    return compare(placements or candidates(rank_count(recipe, cluster)), build, profile)
+    return compare(placements or candidates(rank_count(recipe, cluster), wanted=recipe.placement), build, profile)
 
 
 def show_comparison(
@@ -75,17 +77,34 @@ def _print_comparison(rows: list[Candidate], ranks: int, profile: Profile) -> No
 def block(placement: Placement) -> str:
     """The `placement:` line to paste into a recipe."""
     fields = {name: getattr(placement, name) for name in ("mode", "stages", "env", "rollout", "learner")}
-    return "placement: {" + ", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None) + "}"
+    fields |= {} if placement.offload == "auto" else {"offload": placement.offload}
+    return "placement: {" + ", ".join(f"{name}: {show(value)}" for name, value in fields.items() if value is not None) + "}"
 
 
 def against_prediction(plan: PlacementPlan, profile: Profile, run_dir: Path) -> str:
     """`predicted ..., measured ...` for a finished run; "" where it left no figures."""
-    try:
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return ""
-    speeds = [row["rollout/frames_per_second"] for row in rows if row.get("rollout/frames_per_second")]
+    speeds = [row["rollout/frames_per_second"] for row in _metrics(run_dir) if row.get("rollout/frames_per_second")]
     if not speeds:
         return ""
     predicted, measured = predict(plan, profile).frames_per_second, median(speeds[1:] or speeds)  # the first update warms up
     return f"predicted {predicted:,.0f} frames/s, measured {measured:,.0f} ({measured / predicted - 1:+.0%})"
+
+
+def memory_against_prediction(run_dir: Path) -> str:
+    """Peak memory of a finished run, per phase, of the rank that used most; "" where it left no figures."""
+    rows, parts = _metrics(run_dir), []
+    for phase in get_args(Phase):
+        measured = [row for row in rows if row.get(f"memory/measured_peak_bytes_{phase}")]
+        if measured:
+            peak = max(row[f"memory/measured_peak_bytes_{phase}"] for row in measured)
+            predicted = measured[-1][f"memory/predicted_peak_bytes_{phase}"]
+            expected, found = render.size(int(predicted)), render.size(int(peak))
+            parts.append(f"{phase} {expected} predicted, {found} measured ({peak / predicted - 1:+.0%})")
+    return f"peak memory per rank: {'; '.join(parts)}" if parts else ""
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []

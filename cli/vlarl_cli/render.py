@@ -19,8 +19,7 @@ from rich.text import Text
 
 from vlarl.errors import VlarlError
 from vlarl.plan.choose import Candidate
-from vlarl.plan.memory import phase_bytes
-from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.placement import PlacementPlan, phase_bytes
 
 PLAIN_SECONDS = 15.0  # between progress lines where the output is not a terminal
 RANKS_SHOWN = 16
@@ -60,10 +59,19 @@ def plan(placement: PlacementPlan) -> None:
     note(f"mode: {placement.mode}{stages}; dtype: {placement.dtype}; backend: {placement.workers.backend}; seed: {placement.seed}")
     for ranks_named in dict.fromkeys(row.ranks for row in placement.memory):
         out.print(_memory_table(placement, ranks_named))
+    note(f"offload: {offload(placement)}")
 
 
 def _span(slots: tuple[int, int]) -> str:
     return f"{slots[0]}-{slots[1] - 1}" if slots[0] < slots[1] else "-"
+
+
+def offload(placement: PlacementPlan) -> str:
+    """What leaves the device in which phase, and why."""
+    residency = placement.residency
+    away = [f"{', '.join(parts)} away during {phase}" for phase in ("rollout", "evaluation") if (parts := residency.away(phase))]
+    away += ["gradients and weights sharded after every forward pass of an update"] if residency.update else []
+    return "; ".join([*away, residency.reason])
 
 
 def _memory_table(placement: PlacementPlan, ranks: str) -> Table:
@@ -74,12 +82,19 @@ def _memory_table(placement: PlacementPlan, ranks: str) -> Table:
     for phase in phases:
         table.add_column(phase, justify="right")
     sizes = {(row.component, row.phase): row.bytes for row in rows}
-    for component in dict.fromkeys(row.component for row in rows):
-        table.add_row(component, *(_size(sizes.get((component, phase))) for phase in phases))
-    table.add_section()
-    table.add_row("together", *(_size(phase_bytes(placement.memory, phase, ranks)) for phase in phases), style="bold")
-    there = "unknown" if placement.capacity_bytes is None else _size(placement.capacity_bytes)
-    table.add_row("there is", *(there for _ in phases))
+    beside = placement.workers.backend == "nccl"
+    device_title = "on the device" if beside else "together"
+    memories = (("device", device_title, placement.capacity_bytes), ("host", "on the host", placement.host_bytes))
+    for where, title, there in memories:
+        components = dict.fromkeys(row.component for row in rows if row.where == where)
+        if not components:
+            continue
+        table.add_section()
+        for component in components:
+            table.add_row(component, *(size(sizes.get((component, phase))) for phase in phases))
+        table.add_section()
+        table.add_row(title, *(size(phase_bytes(placement.memory, phase, ranks, where == "host")) for phase in phases), style="bold")
+        table.add_row("there is", *("unknown" if there is None else size(there) for _ in phases))
     return table
 
 
@@ -194,7 +209,8 @@ def _figures(status: dict[str, Any]) -> list[str]:
     return found
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
+    """Bytes in the largest unit that gives at least 1."""
     if count is None:
         return "-"
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -22,7 +22,7 @@ from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe, load_with_origins
 from vlarl.recipe.schema import Recipe
 from vlarl_cli import render
-from vlarl_cli.placements import against_prediction
+from vlarl_cli.placements import against_prediction, memory_against_prediction
 from vlarl_cli.shipped import find_recipe, read_profile, shipped_recipes
 
 JOIN_SECONDS = 300.0  # that a node waits for node 0 to make the run folder
@@ -154,6 +154,8 @@ def _follow(run: rundir.RunDir, plan: PlacementPlan, recipe: Recipe, launch: Lau
     if launch.nodes is not None and launch.nodes.rank > 0:
         return 0
     code = _print_result(run)
+    if launch.job == "train" and (memory := memory_against_prediction(run.path)):
+        render.note(memory)
     if launch.job == "train" and recipe.placement.profile:
         render.note(against_prediction(plan, read_profile(recipe.placement.profile), run.path))
     return code

@@ -97,7 +97,7 @@ def test_a_soft_reset_shows_the_same(facts: Any) -> None:
 @needs_libero
 def test_fast_pictures_differ_a_little(facts: Any) -> None:
     apart = np.abs(facts["fast_image"].astype(int) - facts["chunk_image"]).mean()
-    assert 0.05 < apart < 4
+    assert 0.05 < apart < 8  # edges, most of them at this size
     assert np.array_equal(facts["fast_state"], facts["chunk_state"])
 
 

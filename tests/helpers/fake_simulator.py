@@ -1,8 +1,8 @@
 """Owns the env hosts' test simulator `fake`: numbers known from the episode's spec, and accidents on request. Runs in hosts: no torch.
 
 Episode u, the n-th action a of it (from 1): reward 100 u + n + a[0]; it ends in success after `init_state` actions. A frame shows
-(u, n, 255), the state (u, n, sum of the actions so far, pictures taken). Accidents, at action `seed` of tasks 1 to 4: kill -9, a hang, an exception, a
-mistake; once each, unless `again`.
+(u, n, 255), the state (u, n, sum of the actions so far, pictures taken). Accidents, at action `seed` of tasks 1 to 4: kill -9, a hang,
+an exception, a mistake; once each, unless `again`.
 """
 from __future__ import annotations
 

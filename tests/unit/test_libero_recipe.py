@@ -31,7 +31,7 @@ def problems(folder: Path, *overrides: str) -> list[str]:
 
 
 def test_what_libero_does_not_have_is_refused(tmp_path: Path) -> None:
-    assert problems(tmp_path, "env.tasks=[libero_spatail, libero_goal, libero_goal-3, libero_10-10]", "env.reward=shaped") == [
+    assert set(problems(tmp_path, "env.tasks=[libero_spatail, libero_goal, libero_goal-3, libero_10-10]", "env.reward=shaped")) == {
         "env.reward = shaped (override): libero knows success alone. Use sparse.",
         "env.tasks = [libero_spatail, libero_goal, libero_goal-3, libero_10-10] (override): libero has no task 'libero_spatail'. "
         "Did you mean libero_spatial?",
@@ -39,7 +39,7 @@ def test_what_libero_does_not_have_is_refused(tmp_path: Path) -> None:
         "Every task is played equally often; list it once.",
         "env.tasks = [libero_spatail, libero_goal, libero_goal-3, libero_10-10] (override): libero has no task 'libero_10-10'. "
         "Did you mean libero_10?",
-    ]
+    }
     assert "no scripted expert" in problems(tmp_path, "warmstart=[{steps: 5}]")[0]
     assert "libero has no such variation. Known: train." in problems(tmp_path, "env.variation=vision")[0]
 
@@ -53,5 +53,9 @@ def test_the_plan_counts_the_memory_of_simulator_processes(tmp_path: Path) -> No
     plan = compile_plan(recipe, Cluster(cores=4, host_bytes=32 * GIB), policy_spec(recipe), env)
     rows = {row.phase: row.bytes for row in plan.memory if row.component == HOSTS}
     assert rows == {"rollout": 8 * GIB, "update": 8 * GIB}  # 4 slots of 2 GiB each, idle while the policy learns
+    both = load_recipe(path, ["ranks=1", "eval={every: 5, parallel: 3, episodes: 6}"])
+    plan = compile_plan(both, Cluster(cores=4, host_bytes=32 * GIB), policy_spec(recipe), env)
+    during = [row.bytes for row in plan.memory if row.component == HOSTS and row.phase == "evaluation"]
+    assert during == [8 * GIB, 6 * GIB]  # an evaluation has simulators of its own
     with pytest.raises(PlanError, match=r"simulator processes most of all \(8.0 GiB\).*Lower env.parallel"):
         compile_plan(recipe, Cluster(cores=4, host_bytes=8 * GIB), policy_spec(recipe), env)

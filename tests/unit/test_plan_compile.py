@@ -13,8 +13,8 @@ from vlarl.envs.spec import EnvSpec
 from vlarl.errors import PlanError
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.compile import compile_plan, rank_count
-from vlarl.plan.memory import checkpoint_bytes, phase_bytes
-from vlarl.plan.placement import PlacementPlan
+from vlarl.plan.memory import checkpoint_bytes
+from vlarl.plan.placement import PlacementPlan, phase_bytes
 from vlarl.plan.specs import simulator_spec
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.load import load_recipe
@@ -140,9 +140,9 @@ def test_memory_rows_by_hand() -> None:
     assert rows["update", "Adam's moments, sharded"].bytes == 1_000_000 * 8 // 2
     # 32 slots x 13 rows x (64*64*3 frame + 8*4 state + 28 tokens x 12 + 4 actions x 11 + 16)
     assert rows["rollout", "rollout buffer (frames as uint8)"].bytes == 32 * 13 * (12288 + 32 + 336 + 44 + 16)
-    assert {row.where for row in plan.memory} == {"host"}
+    assert {row.where for row in plan.memory} == {"device"}  # a CPU's memory is the host's
     evaluation = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV, "eval")
-    assert {row.phase for row in evaluation.memory} == {"rollout"}
+    assert {row.phase for row in evaluation.memory} == {"evaluation"}
     # weights and exported policy, Adam's two moments, float32: 16 bytes a parameter, in keep + 2 copies
     assert checkpoint_bytes(RECIPE, POLICY, "float32") == 16_000_000 * 4
 

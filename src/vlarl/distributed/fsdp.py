@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,12 +67,22 @@ def shard(
         torch.distributed.fsdp.register_fsdp_forward_method(module, name)
 
 
+class Shards(Protocol):
+    """The sharded weights of one unit, which can leave the device."""
+
+    def leave(self) -> None: ...
+
+    def come_back(self) -> None: ...
+
+
 @contextmanager
-def acting(module: nn.Module) -> Iterator[None]:
+def acting(module: nn.Module, away: Mapping[FSDPModule, Shards] = MappingProxyType({})) -> Iterator[None]:
     """Gather all weights once (collective), act without gradients or collectives, and free them at the end.
 
     Ranks may call `module` any number of times inside, none included. The weights and the forward code are those of learning.
     A module that is not sharded is whole already.
+    away: shards that leave the device as soon as their unit is gathered, and come back when it is freed, so that the device holds
+    shards and copy of one unit at a time.
     """
     if not isinstance(module, FSDPModule):
         with torch.no_grad():
@@ -82,11 +94,15 @@ def acting(module: nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.reshard()  # a forward outside, without backward, may have left old weights gathered
             unit.unshard()
+            if unit in away:
+                away[unit].leave()
         with torch.no_grad():
             yield
     finally:
         for unit in units:
             unit.reshard()
+            if unit in away:
+                away[unit].come_back()
             unit.set_reshard_after_forward(unit is not root, recurse=False)  # the root's weights are needed first in backward
 
 
@@ -145,6 +161,24 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     if problem[0]:
         raise CheckpointError(f"The weights do not fit the policy: {problem[0]}.", "Use a checkpoint of the same configuration.")
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def parameters_by_unit(module: nn.Module) -> dict[FSDPModule, list[nn.Parameter]]:
+    """The parameters that each unit gathers, sharded; {} for a module that is not sharded. What is gathered is freed."""
+    free_gathered(module)
+    owned: dict[FSDPModule, list[nn.Parameter]] = {}
+    taken: set[nn.Parameter] = set()
+    for unit in reversed(_fsdp_modules(module)):  # inner units come after those around them
+        assert isinstance(unit, nn.Module)
+        owned[unit] = [p for p in unit.parameters() if p not in taken]
+        taken |= set(owned[unit])
+    return owned
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Free what a forward without backward may have left gathered."""
+    for unit in _fsdp_modules(module):
+        unit.reshard()
 
 
 def local_shard(tensor: Tensor) -> Tensor:

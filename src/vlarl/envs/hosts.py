@@ -1,7 +1,8 @@
 """Owns the rank's side of env hosts: HostedEnv, a BatchedEnv whose slots are played by child processes, which may die and are brought back.
 
 A host that dies is started again; its open episodes are reset to their EpisodeSpec and the actions they had played are played again,
-unseen, so that an episode goes on exactly where it was and nothing that was collected becomes wrong. Every wait has a deadline that names the peer.
+unseen, so that an episode goes on exactly where it was and nothing that was collected becomes wrong. Every wait has a deadline that names
+the peer.
 """
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def build_report(protocol: Protocol, rows: list[EpisodeRow], hashes: dict[str, s
     by_task = {name: [row for row in ordered if row.task == index] for index, name in enumerate(protocol.tasks)}
     return {
         "version": REPORT_VERSION,
-        "protocol": asdict(protocol) | {"tasks": list(protocol.tasks), "digest": digest(protocol)},
+        "protocol": asdict(protocol) | {"tasks": list(protocol.tasks), "options": list(protocol.options), "digest": digest(protocol)},
         "pooled": _summary(ordered),
         "tasks": {name: _summary(of_task) for name, of_task in by_task.items() if of_task},
         "rows": [asdict(row) | {"task": protocol.tasks[row.task]} for row in ordered],

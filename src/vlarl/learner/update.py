@@ -41,12 +41,15 @@ class Learner:
         rollout: Rollout,
         seed: int,
         dump_dir: Path | None = None,
+        keep_whole: bool = True,
     ) -> None:
-        """reference: the policy before RL, for the KL term (None without one). dump_dir: where the samples of a refused step are left."""
+        """reference: the policy before RL, for the KL term (None without one). dump_dir: where the samples of a refused step are left.
+        keep_whole: weights and gradients stay whole between the forward passes of a step; False: less memory, more traffic."""
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
         self._world, self._algorithm, self._settings, self._rollout, self._seed = world, algorithm, settings, rollout, seed
         self._refused = 0
         self._dump_dir = dump_dir
+        self._keep_whole = keep_whole
 
     def update(self, batch: TrajectoryBatch, targets: Targets, update: int) -> dict[str, float]:
         """One update: every kept sample once per epoch, `minibatches` optimiser steps per epoch. Returns metrics, equal on all ranks.
@@ -88,7 +91,7 @@ class Learner:
         sizes = torch.stack([torch.stack([w.double().sum() for w in group]).sum() for group in (weights, value_weights)])
         policy_size, value_size = all_reduce_sum(self._world, sizes).clamp(min=1e-12).unbind()
         for i, (sample, weight_BL) in enumerate(zip(samples, weights, strict=True)):
-            set_gradient_sync(self.policy.module, enabled=i == len(samples) - 1)
+            set_gradient_sync(self.policy.module, enabled=not self._keep_whole or i == len(samples) - 1)
             self._loss(sample, weight_BL, policy_size, value_size, totals, gate).backward()
         norm = clip_grad_norm(self.policy.module, self._settings.grad_clip)
         if gate:

@@ -19,6 +19,8 @@ STAGES = (1, 2, 4)
 TIE = 0.01  # a simpler placement is taken as long as it is no slower than this; MODES begins with the simplest
 ON_DEVICE = ("tabletop", "maniskill")  # simulators that run on the GPU, in the rank's own process
 
+DEFAULT = Placement()
+
 Build = Callable[[Placement], PlacementPlan]
 
 
@@ -42,8 +44,10 @@ def label(placement: Placement) -> str:
     return f"{placement.mode}{f' {split}' if split else ''}, {placement.stages} stage{'s' if placement.stages > 1 else ''}"
 
 
-def candidates(ranks: int, modes: tuple[str, ...] = MODES, stages: tuple[int, ...] = STAGES) -> list[Placement]:
-    """Placements worth comparing on so many ranks; even splits first."""
+def candidates(
+    ranks: int, modes: tuple[str, ...] = MODES, stages: tuple[int, ...] = STAGES, wanted: Placement = DEFAULT
+) -> list[Placement]:
+    """Placements worth comparing on so many ranks; even splits first. What may leave the device is as in `wanted`."""
     found: list[Placement] = []
     if "collocated" in modes:
         found += [Placement(mode="collocated", stages=k) for k in stages]
@@ -54,7 +58,7 @@ def candidates(ranks: int, modes: tuple[str, ...] = MODES, stages: tuple[int, ..
         for learner in (n for n in learners if ranks - n >= 2):
             for e, r in splits(ranks - learner):
                 found += [Placement(mode="disaggregated", stages=k, env=e, rollout=r, learner=learner) for k in stages]
-    return found
+    return [replace(placement, offload=wanted.offload) for placement in found]
 
 
 def splits(ranks: int) -> list[tuple[int, int]]:
@@ -82,10 +86,10 @@ def compare(placements: list[Placement], build: Build, profile: Profile) -> list
 def choose(ranks: int, wanted: Placement, build: Build, profile: Profile) -> tuple[Placement, str]:
     """The placement predicted to be fastest, and why. """
     stages = STAGES if wanted.stages == 1 else (wanted.stages,)
-    rows = compare(candidates(ranks, stages=stages), build, profile)
+    rows = compare(candidates(ranks, stages=stages, wanted=wanted), build, profile)
     best = rows[0]
     if best.prediction is None:  # nothing can be built; the simplest placement says why
-        return Placement(mode="collocated", stages=wanted.stages), best.refusal
+        return replace(wanted, mode="collocated", profile=None), best.refusal
     others = []
     for mode in MODES:
         rival = next((row for row in rows if row.placement.mode == mode and row is not best and row.prediction), None)
@@ -102,7 +106,7 @@ def rule_of_thumb(ranks: int, wanted: Placement, simulator: str, device: Literal
     two halves of the ranks, pipelined, keep each other busy (hybrid). With action chunks, or a simulator on the CPU, simulation
     outweighs inference by far and nothing is gained by setting ranks apart for either (collocated)."""
     if ranks >= 2 and ranks % 2 == 0 and device == "cuda" and simulator in ON_DEVICE and chunk == 1:
-        placement = Placement(mode="hybrid", stages=max(2, wanted.stages), env=ranks // 2, rollout=ranks // 2)
+        placement = replace(wanted, mode="hybrid", stages=max(2, wanted.stages), env=ranks // 2, rollout=ranks // 2, profile=None)
         why = "simulation on the GPU and an action per forward pass cost about the same, so two halves of the ranks work in turn"
         return placement, f"{label(placement)}: {why} (rule of thumb; name measured costs in placement.profile)"
     collocated = replace(wanted, mode="collocated", profile=None)

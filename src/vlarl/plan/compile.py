@@ -10,15 +10,15 @@ from vlarl.envs.spec import EnvSpec
 from vlarl.errors import PlanError
 from vlarl.plan.choose import choose, label, rule_of_thumb
 from vlarl.plan.cluster import Cluster
-from vlarl.plan.memory import Job, Sizes, estimate, phase_bytes
+from vlarl.plan.memory import Job, Sizes, estimate
 from vlarl.plan.placement import PLAN_VERSION, MemoryRow, PlacementPlan, RankPlan, RolloutPlan, UpdatePlan, WorkerGroup
 from vlarl.plan.profile import Profile
+from vlarl.plan.residency import check, decide, place
 from vlarl.plan.roles import Roles, assign, env_slots, policy_slots, sample_slots, slots_fit, split_clash, stated_ranks
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.rules import Clash, line_order, multiples_near, sentence
 from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe
 
-MEMORY_MARGIN = 0.92  # share of a device that may be planned for; the rest is fragmentation
 CPU_RANKS = (1, 2, 4, 8)  # rank counts chosen from on a machine without a GPU
 
 
@@ -57,10 +57,13 @@ def compile_plan(
     rank_plans = _rank_plans(recipe, cluster, roles, rollout.group_size)
     update = _update_plan(recipe, rollout, rank_plans)
     memory: tuple[MemoryRow, ...] = ()
-    for sizes in _kinds_of_ranks(rank_plans, roles, dtype, cluster):
+    evaluated = _evaluation_slots(recipe, job, len(roles.learner))
+    for sizes in _kinds_of_ranks(rank_plans, roles, dtype, cluster, evaluated):
         memory += estimate(recipe, policy, env, rollout, update, sizes, job)
-    capacity = _capacity(cluster, ranks)
-    _check_memory(memory, capacity, cluster)
+    capacity, host = _capacity(cluster, ranks)
+    residency = decide(recipe.placement.offload, memory, capacity, cluster.device)
+    memory = place(memory, residency, cluster.device)
+    check(memory, capacity, host, cluster.device_name)
     return PlacementPlan(
         version=PLAN_VERSION,
         name=recipe.name,
@@ -75,6 +78,8 @@ def compile_plan(
         memory=memory,
         equation=_equation(recipe, roles, rollout, update),
         capacity_bytes=capacity,
+        host_bytes=host,
+        residency=residency,
     )
 
 
@@ -84,7 +89,8 @@ def _with_mode(
     """The recipe with its placement decided, and why. Warm start and evaluation have no roles to share out: collocated."""
     wanted = recipe.placement
     if job != "train":
-        return replace(recipe, placement=Placement(mode="collocated")), f"collocated: every rank works alike in {job}"
+        collocated = Placement(mode="collocated", offload=wanted.offload)
+        return replace(recipe, placement=collocated), f"collocated: every rank works alike in {job}"
     if wanted.mode != "auto":
         return recipe, f"{label(wanted)}, as the recipe asks"
     ranks = rank_count(recipe, cluster)
@@ -316,7 +322,14 @@ def _rank_plans(recipe: Recipe, cluster: Cluster, roles: Roles, group: int) -> t
     return tuple(plans)
 
 
-def _kinds_of_ranks(ranks: tuple[RankPlan, ...], roles: Roles, dtype: str, cluster: Cluster) -> list[Sizes]:
+def _evaluation_slots(recipe: Recipe, job: Job, learners: int) -> int:
+    """Episodes that a learner evaluates at once; 0 where nothing is evaluated."""
+    if job == "sft" or (job == "train" and not recipe.eval.every):
+        return 0
+    return -(-min(recipe.eval.parallel or recipe.env.parallel, recipe.eval.episodes) // learners)
+
+
+def _kinds_of_ranks(ranks: tuple[RankPlan, ...], roles: Roles, dtype: str, cluster: Cluster, evaluation_slots: int) -> list[Sizes]:
     """One entry for all ranks with the same roles, with the slots of the one that has most."""
     kinds: dict[tuple[str, ...], list[RankPlan]] = {}
     for rank in ranks:
@@ -325,7 +338,8 @@ def _kinds_of_ranks(ranks: tuple[RankPlan, ...], roles: Roles, dtype: str, clust
     for members in kinds.values():
         most = [max(held[1] - held[0] for held in part) for part in zip(*map(_held, members), strict=True)]
         name = "every rank" if len(kinds) == 1 else f"{', '.join(members[0].roles)} ({_ranges_text([m.rank for m in members])})"
-        sizes.append(Sizes(len(roles.learner), most[0], most[1], most[2], dtype, cluster.device, name))
+        evaluated = evaluation_slots if "learner" in members[0].roles else 0
+        sizes.append(Sizes(len(roles.learner), most[0], most[1], most[2], evaluated, dtype, cluster.device, name))
     return sizes
 
 
@@ -349,32 +363,7 @@ def _where(cluster: Cluster, ranks: int) -> str:
     return on + (f" ({cluster.reason})" if cluster.reason else "")
 
 
-def _capacity(cluster: Cluster, ranks: int) -> int | None:
-    """Memory of one device; of a CPU machine, a rank's share of the host."""
-    if cluster.device == "cuda":
-        return cluster.device_bytes or None
-    return cluster.host_bytes // (ranks // cluster.nodes) or None
-
-
-def _check_memory(memory: tuple[MemoryRow, ...], capacity: int | None, cluster: Cluster) -> None:
-    if capacity is None:
-        return
-    for phase in ("rollout", "update"):
-        names = dict.fromkeys(row.ranks for row in memory)
-        need, ranks = max(((phase_bytes(memory, phase, name), name) for name in names), key=lambda item: item[0])
-        if need <= capacity * MEMORY_MARGIN:
-            continue
-        largest = max((r for r in memory if r.phase == phase and r.ranks == ranks), key=lambda r: r.bytes)
-        advice = {
-            "activations while": "Lower env.parallel, or use more ranks.",
-            "simulator processes": "Lower env.parallel; every slot is a simulator of its own.",
-            "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
-            "rollout buffer": "Lower env.parallel, or what is collected per update.",
-            "camera frames": "Lower env.parallel or env.image_size.",
-        }
-        fix = next((text for start, text in advice.items() if largest.component.startswith(start)), "Use more ranks or policy.lora.")
-        raise PlanError(
-            f"The {phase} phase needs about {need / 2**30:.1f} GiB per rank, {largest.component} most of all "
-            f"({largest.bytes / 2**30:.1f} GiB), and {cluster.device_name} has {capacity / 2**30:.1f} GiB per rank.",
-            fix,
-        )
+def _capacity(cluster: Cluster, ranks: int) -> tuple[int | None, int | None]:
+    """Memory of one device, and a rank's share of the host's beside it; on a CPU machine that share is the device's."""
+    share = cluster.host_bytes // (ranks // cluster.nodes) or None
+    return (cluster.device_bytes or None, share) if cluster.device == "cuda" else (share, None)

@@ -7,13 +7,14 @@ activation checkpointing, plus one layer in full. Parameters, gradients and Adam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlarl.envs.spec import EnvSpec
-from vlarl.plan.placement import MemoryRow, RolloutPlan, UpdatePlan
+from vlarl.plan.placement import MemoryRow, Phase, RolloutPlan, UpdatePlan
 from vlarl.policies.spec import PolicySpec
-from vlarl.recipe.schema import Recipe
+from vlarl.recipe.schema import Part, Recipe
 
 Job = Literal["train", "sft", "eval"]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
@@ -25,76 +26,120 @@ CHECKPOINTED_BYTES = 2 / 2
 LAYERWISE_PARAMETERS = 50_000_000  # larger policies are gathered layer by layer while learning
 PROCESS_BYTES = 600 * 2**20  # interpreter, torch and its libraries
 CUDA_CONTEXT_BYTES = 700 * 2**20
+SCENE_BYTES = 4096  # state of one slot of an in-process simulator
 RENDER_BYTES_PER_PIXEL = 64  # colour, depth and ray of one pixel while a frame is drawn
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the estimate depends on besides recipe and specs. learners: ranks that share the shards. slots: of one rank, which it
-    simulates, acts for and learns from (0: does not). name: of the ranks that are so."""
+    simulates, acts for, learns from and evaluates (0: does not). name: of the ranks that are so."""
 
     learners: int
     env_slots: int
     policy_slots: int
     sample_slots: int
+    evaluation_slots: int
     dtype: str
     device: Literal["cpu", "cuda"]
     name: str = "every rank"
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A MemoryRow before its phase. host: beside a GPU; on a CPU machine nothing is beside the device."""
+
+    component: str
+    bytes: float
+    part: Part | None = None
+    host: bool = False
+
+
 def estimate(
     recipe: Recipe, policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, update: UpdatePlan, sizes: Sizes, job: Job
 ) -> tuple[MemoryRow, ...]:
-    """Rows per rank. What stays resident in both phases is listed in both, so that a phase's rows add up to its need."""
-    where: Literal["device", "host"] = "device" if sizes.device == "cuda" else "host"
+    """Rows per rank, every part on the device. What stays resident is listed in every phase, so that a phase's rows add up to its need."""
+    resident = _resident(recipe, policy, env, sizes, job)
+    collected = functools.partial(_collected, policy, env, rollout)
+    phases: dict[Phase, list[_Line]] = {}
+    if job != "eval":
+        acting = _acting(policy, env, sizes, sizes.policy_slots, sizes.env_slots) + collected(sizes.policy_slots)
+        # Only a rank that acts with a gathered copy does without its shards meanwhile.
+        phases["rollout"] = [replace(line, part=None) if line.part == "weights" and not sizes.policy_slots else line for line in resident]
+        phases["rollout"] += acting
+        learning = _learning(recipe, policy, update, sizes) + collected(sizes.sample_slots) if sizes.sample_slots else []
+        phases["update"] = [replace(line, part=None) for line in resident] + learning
+    if sizes.evaluation_slots:
+        phases["evaluation"] = resident + _acting(policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots)
+        if env.slot_bytes:  # an evaluation has simulators of its own
+            phases["evaluation"] += _scenes(env, sizes.evaluation_slots)
+    rows = []
+    for phase, line in ((phase, line) for phase, lines in phases.items() for line in lines):
+        where: Literal["device", "host"] = "host" if line.host and sizes.device == "cuda" else "device"
+        rows.append(MemoryRow(phase, line.component, where, int(line.bytes), sizes.name, line.part))
+    return tuple(rows)
+
+
+def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, job: Job) -> list[_Line]:
+    """What a rank holds from beginning to end."""
     compute = BYTES[sizes.dtype]
     master = max(4, compute)
-    resident: list[tuple[str, float]] = [("process and libraries", CUDA_CONTEXT_BYTES if sizes.device == "cuda" else PROCESS_BYTES)]
-    rollout_rows, update_rows = list[tuple[str, float]](), list[tuple[str, float]]()
+    lines = [_Line("process and libraries", PROCESS_BYTES, host=True)]
+    if sizes.device == "cuda":
+        lines.append(_Line("CUDA context", CUDA_CONTEXT_BYTES))
     if sizes.sample_slots:
-        resident.append(("master weights, sharded", policy.parameters * master // sizes.learners))
+        shard = policy.parameters * master // sizes.learners
+        lines.append(_Line("master weights, sharded", shard, "weights"))
         if job != "eval":
-            resident.append(("Adam's moments, sharded", 2 * trainable_parameters(recipe, policy) * master // sizes.learners))
-    if sizes.policy_slots:
-        held = "policy gathered for acting" if sizes.sample_slots else "policy, whole, for acting"
-        both = rollout_rows if sizes.sample_slots else resident
-        both.append((held, policy.parameters * compute))
-        rollout_rows.append(("activations while acting", _acting_bytes(policy, sizes.policy_slots, compute)))
-    if sizes.env_slots:
-        rollout_rows.append(("camera frames being drawn", sizes.env_slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
-        if env.slot_bytes and where == "host":  # of a GPU machine's host memory nothing is known here
-            sets = 2 if job == "train" and recipe.eval.every else 1  # an evaluation during training has simulators of its own
-            resident.append((HOSTS, sets * sizes.env_slots * env.slot_bytes))
-    if job != "eval":
-        collected = _buffer_bytes(policy, env, rollout, sizes.policy_slots)
-        if sizes.policy_slots:
-            rollout_rows.append((BUFFER, collected))
+            moments = 2 * trainable_parameters(recipe, policy) * master // sizes.learners
+            lines.append(_Line("Adam's moments, sharded", moments, "optimizer"))
+            if recipe.algorithm.kl_coef > 0:
+                lines.append(_Line("reference policy, sharded", shard, "reference"))
+    elif sizes.policy_slots:
+        lines.append(_Line("policy, whole, for acting", policy.parameters * compute))
+    if sizes.env_slots and job != "eval":
+        lines += _scenes(env, sizes.env_slots)
+    return lines
+
+
+def _scenes(env: EnvSpec, slots: int) -> list[_Line]:
+    """What so many slots of a simulator take up between frames: on the device, or in processes of their own."""
+    if env.slot_bytes:
+        return [_Line(HOSTS, slots * env.slot_bytes, host=True)]
+    return [_Line("simulator's scenes, never moved", slots * SCENE_BYTES)]
+
+
+def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int) -> list[_Line]:
+    """Acting for so many slots, and simulating so many."""
+    compute, lines = BYTES[sizes.dtype], list[_Line]()
+    if policy_slots:
         if sizes.sample_slots:
-            update_rows.append((BUFFER, _buffer_bytes(policy, env, rollout, sizes.sample_slots)))
-            update_rows += _learning_rows(recipe, policy, update, sizes, compute)
-    phases = {"rollout": resident + rollout_rows} | ({"update": resident + update_rows} if job != "eval" else {})
-    return tuple(
-        MemoryRow(phase, name, where, int(size), sizes.name)  # type: ignore[arg-type]
-        for phase, rows in phases.items()
-        for name, size in rows
-    )
+            lines.append(_Line("policy gathered for acting", policy.parameters * compute))
+        lines.append(_Line("activations while acting", _acting_bytes(policy, policy_slots, compute)))
+    if env_slots:
+        lines.append(_Line("camera frames being drawn", env_slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
+    return lines
 
 
-def _learning_rows(recipe: Recipe, policy: PolicySpec, update: UpdatePlan, sizes: Sizes, compute: int) -> list[tuple[str, float]]:
-    master = max(4, compute)
-    rows: list[tuple[str, float]] = [("gradients, sharded", trainable_parameters(recipe, policy) * master // sizes.learners)]
-    rows.append(("weights gathered while learning", _gathered(policy) * compute * 2))
+def _learning(recipe: Recipe, policy: PolicySpec, update: UpdatePlan, sizes: Sizes) -> list[_Line]:
+    """Gradients exist from a minibatch's first backward to its step, so in no other phase."""
+    compute, once = BYTES[sizes.dtype], _gathered(policy)
+    gradients = trainable_parameters(recipe, policy) * max(4, compute)
     microbatch = max([update.microbatch, *(phase.batch // sizes.learners for phase in recipe.warmstart)])
-    rows.append((f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)))
-    if recipe.algorithm.kl_coef > 0 and recipe.policy.lora is None:
-        rows.append(("reference policy, sharded", policy.parameters * compute // sizes.learners))
-    return rows
+    lines = [
+        _Line("gradients, sharded", gradients // sizes.learners),
+        _Line("weights and gradients gathered while learning", once * compute * 2),
+        _Line(f"activations of {microbatch} samples", _activation_bytes(recipe, policy, microbatch, compute)),
+    ]
+    if update.accumulation > 1:
+        more = (policy.parameters - once) * compute + max(0, gradients - once * compute)
+        lines.append(_Line("the same, kept whole between passes", more, "gradients"))
+    return lines
 
 
-def phase_bytes(rows: tuple[MemoryRow, ...], phase: str, ranks: str | None = None) -> int:
-    """Sum over one phase: of the ranks named so, or of those that need most."""
-    names = {row.ranks for row in rows} if ranks is None else {ranks}
-    return max((sum(row.bytes for row in rows if row.phase == phase and row.ranks == name) for name in names), default=0)
+def _collected(policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, slots: int) -> list[_Line]:
+    """The rollout buffer, which lies on the host from the first and goes to the device in microbatches."""
+    return [_Line(BUFFER, _buffer_bytes(policy, env, rollout, slots), host=True)] if slots else []
 
 
 def trainable_parameters(recipe: Recipe, policy: PolicySpec) -> int:

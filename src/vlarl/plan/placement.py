@@ -4,8 +4,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vlarl.recipe.schema import Part
+
 PLAN_VERSION = 1
 Role = Literal["env", "rollout", "learner"]
+Phase = Literal["rollout", "update", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,36 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One line of the estimate. phase: rollout or update. where: device or host. bytes: per rank. ranks: which (`rank 0-3`)."""
+    """One line of the estimate. where: on the rank's device (on a CPU machine, everything is), or in host memory beside it. bytes: per
+    rank. ranks: which (`rank 0-3`). part: the movable part that it is, where it could leave the device in this phase."""
 
-    phase: Literal["rollout", "update"]
+    phase: Phase
     component: str
     where: Literal["device", "host"]
     bytes: int
     ranks: str = "every rank"
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What the device does without in a phase: parts that wait in pinned host memory while the rank acts; in the update, gradients, which
+    are sharded after every forward pass instead of once per optimiser step. reason: why, for the user."""
+
+    rollout: tuple[Part, ...] = ()
+    update: tuple[Part, ...] = ()
+    evaluation: tuple[Part, ...] = ()
+    reason: str = ""
+
+    def away(self, phase: Phase) -> tuple[Part, ...]:
+        """The parts that are away in a phase."""
+        return {"rollout": self.rollout, "update": self.update, "evaluation": self.evaluation}[phase]
 
 
 @dataclass(frozen=True)
 class PlacementPlan:
     """The whole plan. dtype: compute dtype. equation: the batch arithmetic, printed as it stands. reason: why this mode.
-    capacity_bytes: memory of one device (None: unknown)."""
+    capacity_bytes: memory of one device; host_bytes: a rank's share of the host's (None: unknown)."""
 
     version: int
     name: str
@@ -91,6 +111,8 @@ class PlacementPlan:
     memory: tuple[MemoryRow, ...]
     equation: str
     capacity_bytes: int | None
+    host_bytes: int | None = None
+    residency: Residency = Residency()
 
 
 @dataclass(frozen=True)
@@ -114,3 +136,10 @@ def stage_parts(ranks: tuple[RankPlan, ...], stages: int, stage: int) -> tuple[S
             if start < end:
                 parts.append(StagePart(env.rank, acting.rank, start, end))
     return tuple(sorted(parts, key=lambda part: part.start))
+
+
+def phase_bytes(rows: tuple[MemoryRow, ...], phase: str, ranks: str | None = None, host: bool = False) -> int:
+    """On the device (or beside it, on the host) in one phase: sum over the ranks named so, or those that need most."""
+    where = "host" if host else "device"
+    chosen = [row for row in rows if row.phase == phase and row.where == where and ranks in (None, row.ranks)]
+    return max((sum(row.bytes for row in chosen if row.ranks == name) for name in {row.ranks for row in chosen}), default=0)

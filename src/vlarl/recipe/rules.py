@@ -175,6 +175,11 @@ def _placement(recipe: Recipe) -> list[Clash]:
     if placement.profile is not None and placement.mode != "auto":
         rule = f"costs are for mode auto to choose by; this is {placement.mode}. Remove it, or set placement.mode to auto."
         found.append(Clash("placement.profile", rule, ("placement.mode",)))
+    if len(set(placement.offload)) < len(placement.offload) and not isinstance(placement.offload, str):
+        found.append(Clash("placement.offload", "a part is listed twice, and leaves once. List each once."))
+    if "reference" in placement.offload and recipe.algorithm.kl_coef == 0:
+        rule = "there is no reference policy: algorithm.kl_coef is 0. Remove reference, or set algorithm.kl_coef."
+        found.append(Clash("placement.offload", rule, ("algorithm.kl_coef",)))
     if recipe.env.parallel % placement.stages:
         parallel, stages = recipe.env.parallel, placement.stages
         rule = f"{parallel} parallel episodes do not split into {stages} stages. Set env.parallel to {multiples_near(parallel, stages)}."

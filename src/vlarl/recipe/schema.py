@@ -15,6 +15,7 @@ NonNegative = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Rate = Annotated[float, Ge(0)]
+Part = Literal["optimizer", "reference", "weights", "gradients"]  # of a learner, that its device can do without for a while
 
 STRICT = {"extra": "forbid", "frozen": True, "use_attribute_docstrings": True}
 
@@ -88,7 +89,7 @@ class Env:
     """Environment slots of one simulator process."""
     start_seconds: Positive = 300.0
     """A simulator process that takes longer to start is given up."""
-    step_seconds: Positive = 120.0
+    step_seconds: Positive = 300.0
     """A simulator process that takes longer for a reset or a chunk is taken for hung and replaced."""
     libero: Libero = field(default_factory=Libero)
     maniskill: Maniskill = field(default_factory=Maniskill)
@@ -246,6 +247,10 @@ class Placement:
     rollout: Count | str | None = None
     learner: Count | str | None = None
     """Number of ranks, or which: `0-3`, `0,2,4-7`. null: what the other roles leave."""
+    offload: Literal["auto", "none"] | Annotated[tuple[Part, ...], MinLen(1)] = "auto"
+    """What the device does without while it idles. While acting, in pinned host memory: optimizer (Adam's moments), reference (the policy
+    before RL), weights (the float32 shards, where a gathered copy acts). gradients: between the forward passes of one optimiser step they
+    and the gathered weights are not kept whole but sharded anew. auto: as little as makes every phase fit."""
     profile: str | None = None
     """Measured costs that mode auto chooses by: a file, or the name of a shipped profile."""
 

@@ -51,7 +51,7 @@ def bench(run: Context, trainer: Trainer, learner: Updates, warmup: int, updates
         batch, _, _ = improve(run, trainer, learner, update)
         ended = time.perf_counter()
         trainer.orders.give("report", update)
-        ranks = [spans for spans, _ in gather_spans(run)]
+        ranks = [spans for spans, _ in gather_spans(run, trainer.offload)]
         played = _frames(run, batch, actions)
         if update >= warmup:
             seconds, frames = seconds + ended - started, frames + played

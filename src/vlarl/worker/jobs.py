@@ -24,7 +24,7 @@ from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
 from vlarl.worker.loop import Updates, assist, train
 from vlarl.worker.progress import Progress
-from vlarl.worker.setup import build_env, build_learner, build_policy, build_trainer, place_policy, shard_policy
+from vlarl.worker.setup import build_env, build_learner, build_offload, build_policy, build_trainer, place_policy, shard_policy
 from vlarl.worker.warmstart import warm_start
 
 
@@ -116,11 +116,11 @@ def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
     policy = shard_policy(run, build_policy(run, trainable=False))
     folder, _ = resolve_folder(run.recipe.policy.checkpoint)
     hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
-    reports = []
+    reports, offload = [], build_offload(run, policy, None)
     for done, variation in enumerate(variations):
         if run.world.is_main:
             write_status(run.run_dir, phase=f"evaluating {variation}", update=done, updates=len(variations))
-        with run.span("eval"), acting(policy.module):
+        with run.span("eval"), offload.phase("evaluation") as away, acting(policy.module, away):
             reports.append(evaluate(run, policy, variation, run.recipe.seed, hashes, f"eval-{variation}"))
     if run.world.is_main:
         _write(run.run_dir / "eval.json", reports)

@@ -42,13 +42,13 @@ def train(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Pro
     recipe = run.recipe
     synchronize(run, trainer, progress.update)
     if progress.update == 0 and recipe.eval.every:
-        measure(run, learner, progress, reporter)
+        measure(run, trainer, learner, progress, reporter)
     while progress.update < recipe.update.updates:
         reporter.start_update(progress)
         rates = schedule(run, learner, progress)
         batch, targets, learnt = improve(run, trainer, learner, progress.update)
         trainer.orders.give("report", progress.update)
-        reporter.update(progress, batch, learnt | rates | signal(run, targets), trainer.sync.bytes)
+        reporter.update(progress, trainer, batch, learnt | rates | signal(run, targets))
         warm_up(run, progress, learnt)
         if due(progress.update, recipe.log.histograms_every):
             reporter.histograms(progress, batch, targets.advantage_TBJ)
@@ -57,7 +57,7 @@ def train(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Pro
         last = progress.update == recipe.update.updates
         better = False
         if recipe.eval.every and (last or due(progress.update, recipe.eval.every)):
-            better = measure(run, learner, progress, reporter)
+            better = measure(run, trainer, learner, progress, reporter)
         if last or better or due(progress.update, recipe.checkpoint.every):
             trainer.orders.give("keep", progress.update)
             keep(run, trainer, progress, better)
@@ -79,7 +79,7 @@ def assist(run: Context, trainer: Trainer, resume: bool) -> None:
         elif order == "weights":
             take_weights(run, trainer, number)
         elif order == "report":
-            gather_spans(run)
+            gather_spans(run, trainer.offload)
         elif order == "keep":
             progress.update = number
             keep(run, trainer, progress, best=False)
@@ -90,7 +90,7 @@ def assist(run: Context, trainer: Trainer, resume: bool) -> None:
 def improve(run: Context, trainer: Trainer, learner: Updates, update: int) -> tuple[TrajectoryBatch, Targets, dict[str, float]]:
     """One iteration: collect, learn, bring the new weights to where they act."""
     batch, targets = collect(run, trainer, update)
-    with run.span("update"):
+    with run.span("update"), trainer.offload.phase("update"):
         learnt = learner.update(batch, targets, update)
     synchronize(run, trainer, update + 1)
     return batch, targets, learnt
@@ -121,9 +121,10 @@ def play(run: Context, trainer: Trainer) -> TrajectoryBatch | None:
     env, rollout, batch = trainer.env, trainer.rollout, None
     if env is not None and isinstance(run.recipe.algorithm, Grpo):
         env.feed.allow(run.plan.rollout.episodes_per_slot)
-    with run.span("rollout"):
+    with run.span("rollout"), trainer.offload.phase("rollout") as away:
         if trainer.policy is not None and (rollout is not None or run.plan.mode == "hybrid"):
-            with acting(trainer.policy.module):  # a hybrid's env ranks lend their shards, and that is all
+            # A hybrid's env ranks lend their shards, and that is all.
+            with acting(trainer.policy.module, away if rollout is not None else {}):
                 if rollout is not None:
                     batch = rollout.collector.collect(rollout.sampler, run, trainer.policy.policy_version)
         if env is not None and rollout is None:
@@ -186,14 +187,12 @@ def signal(run: Context, targets: Targets) -> dict[str, float]:
     return {"groups": float(both[0]), "kept_groups": float(both[1])}
 
 
-def measure(run: Context, learner: Learner, progress: Progress, reporter: Reporter) -> bool:
+def measure(run: Context, trainer: Trainer, learner: Learner, progress: Progress, reporter: Reporter) -> bool:
     """Evaluate on episodes kept apart from training and from `vlarl eval`; True if this is the best policy so far."""
     reporter.status(progress, "evaluation")
-    with run.span("eval"), acting(learner.policy.module):
+    with run.span("eval"), trainer.offload.phase("evaluation") as away, acting(learner.policy.module, away):
         scores = evaluate_training(run, learner.policy, progress.update)
-    if reporter.sinks is not None:
-        reporter.sinks.write(progress.update, scores)
-        reporter.curve()
+    reporter.evaluation(progress, trainer, scores)
     better = progress.best is None or scores["eval/success"] > progress.best[0]
     if better:
         progress.best = (scores["eval/success"], progress.update)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,12 +10,15 @@ import psutil
 import torch
 
 from vlarl.distributed.reduce import all_gather_objects, all_reduce_sum
+from vlarl.distributed.residency import Offload
 from vlarl.metrics.curve import draw_curve
 from vlarl.metrics.sinks import METRICS_FILE, MetricsWriter
 from vlarl.metrics.spans import bottleneck_line
 from vlarl.metrics.status import write_status
+from vlarl.plan.placement import Phase, phase_bytes
 from vlarl.types import TrajectoryBatch
 from vlarl.worker.context import Context
+from vlarl.worker.setup import Trainer
 
 RECENT_EPISODES = 400  # over which "success so far" is taken
 
@@ -46,18 +50,19 @@ class Progress:
         return sum(self.recent) / len(self.recent) if self.recent else None
 
 
-def gather_spans(run: Context) -> list[tuple[dict[str, float], tuple[float, float]]]:
-    """Of every rank, in order: seconds per span since the last call, and memory in bytes: the device's peak, the process's. Collective."""
-    peak = torch.cuda.max_memory_allocated() if run.world.device.type == "cuda" else 0
-    return all_gather_objects(run.world, (run.spans.totals(), (float(peak), float(psutil.Process().memory_info().rss))))
+def gather_spans(run: Context, offload: Offload) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Of every rank, in order: seconds per span since the last call, and memory metrics. Collective."""
+    memory = {f"memory/measured_peak_bytes_{phase}": peak for phase, peak in offload.take_peaks().items()}
+    memory |= {"memory/offloaded_bytes": offload.bytes, "memory/host_rss_bytes": psutil.Process().memory_info().rss}
+    return all_gather_objects(run.world, (run.spans.totals(), memory))
 
 
-def slowest(ranks: list[tuple[dict[str, float], tuple[float, float]]]) -> tuple[dict[str, float], tuple[float, float]]:
-    """The most that any rank spent on each span, and used of each memory."""
-    spans: dict[str, float] = {}
-    for seconds, _ in ranks:
-        spans |= {name: max(value, spans.get(name, 0.0)) for name, value in seconds.items()}
-    return spans, (max(memory[0] for _, memory in ranks), max(memory[1] for _, memory in ranks))
+def most(ranks: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The most that any rank spent or used."""
+    found: dict[str, float] = {}
+    for figures in ranks:
+        found |= {name: max(value, found.get(name, 0.0)) for name, value in figures.items()}
+    return found
 
 
 class Reporter:
@@ -75,12 +80,13 @@ class Reporter:
         self._run.spans.update = progress.update + 1
         self._started = time.perf_counter()
 
-    def update(self, progress: Progress, batch: TrajectoryBatch, learnt: dict[str, float], sync_bytes: int) -> None:
+    def update(self, progress: Progress, trainer: Trainer, batch: TrajectoryBatch, learnt: dict[str, float]) -> None:
         """File one update: counters, metrics row, status. Collective; ranks that do not learn take part by `gather_spans`."""
         run, world = self._run, self._run.world.learners
         assert world is not None
         seconds = time.perf_counter() - self._started
-        spans, memory = slowest(gather_spans(run))
+        ranks = gather_spans(run, trainer.offload)
+        spans = most(seconds for seconds, _ in ranks)
         sums = all_reduce_sum(world, torch.tensor([float(batch.valid_TBK.sum()), float(batch.active_TB.sum())], dtype=torch.float64))
         frames, chunks = sums.tolist()
         # Ordered by uid, so that the list is the same on any number of ranks.
@@ -105,9 +111,7 @@ class Reporter:
             "time/update_seconds": spans.get("update", 0.0),
             "time/sync_seconds": spans.get("sync", 0.0),
             "time/route_seconds": spans.get("route", 0.0),
-            "sync/bytes": sync_bytes,
-            "memory/device_peak_bytes": memory[0],
-            "memory/host_rss_bytes": memory[1],
+            "sync/bytes": trainer.sync.bytes,
             "train/episodes": len(episodes),
             "train/successes": sum(e.success for e in episodes),
         }
@@ -121,8 +125,22 @@ class Reporter:
                 of_task = [e.success for e in episodes if e.spec.task == task]
                 if of_task:
                     row[f"train/success_{name}"] = sum(of_task) / len(of_task)
+        row |= most(memory for _, memory in ranks) | self._predicted("rollout") | self._predicted("update")
         self.sinks.write(progress.update, row | {f"update/{name}": value for name, value in learnt.items()})
         self.status(progress, "training", frames / seconds, bottleneck_line(spans, seconds))
+
+    def evaluation(self, progress: Progress, trainer: Trainer, scores: dict[str, float]) -> None:
+        """File an evaluation, and draw the curve anew. Collective of the learners."""
+        world = self._run.world.learners
+        assert world is not None
+        peak = most(all_gather_objects(world, trainer.offload.take_peaks()))["evaluation"]
+        if self.sinks is not None:
+            memory = {"memory/measured_peak_bytes_evaluation": peak} | self._predicted("evaluation")
+            self.sinks.write(progress.update, scores | memory)
+            self.curve()
+
+    def _predicted(self, phase: Phase) -> dict[str, float]:
+        return {f"memory/predicted_peak_bytes_{phase}": float(phase_bytes(self._run.plan.memory, phase))}
 
     def histograms(self, progress: Progress, batch: TrajectoryBatch, advantage: torch.Tensor) -> None:
         """TensorBoard histograms of the latest batch."""

@@ -10,6 +10,7 @@ import torch
 from vlarl import serial
 from vlarl.distributed.fsdp import shard
 from vlarl.distributed.links import Links, Orders
+from vlarl.distributed.residency import Offload
 from vlarl.distributed.routing import Router
 from vlarl.distributed.weight_sync import WeightSync
 from vlarl.envs.base import HOSTED, SIMULATORS, BatchedEnv, simulator_class
@@ -65,6 +66,7 @@ class Trainer:
     orders: Orders
     router: Router
     sync: WeightSync
+    offload: Offload
 
 
 def build_policy(run: Context, trainable: bool, source: str | None = None) -> VLAPolicy:
@@ -161,7 +163,8 @@ def build_learner(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) 
     recipe, world = run.recipe, run.world.learners
     assert world is not None, "learners have a world of their own"
     optimizer, dump_dir = build_optimizer_for(run, policy), run.run_dir / "refused"
-    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir)
+    whole = "gradients" not in run.plan.residency.update
+    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir, whole)
 
 
 def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | None, make_env: MakeEnv, seen: EnvSpec) -> Trainer:
@@ -185,7 +188,15 @@ def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | Non
         rollout = Acting(collector, build_sampler(policy, spec, recipe.seed, recipe.rollout.temperature, recipe.rollout.top_k))
     orders = Orders(run.world, plan, links)
     sync = WeightSync(run.world, plan, policy.module if policy is not None else None, run.compute_dtype)
-    return Trainer(env, rollout, learner, policy, max_chunks, orders, Router(me.rank, plan, links), sync)
+    router, offload = Router(me.rank, plan, links), build_offload(run, policy, learner)
+    return Trainer(env, rollout, learner, policy, max_chunks, orders, router, sync, offload)
+
+
+def build_offload(run: Context, policy: VLAPolicy | None, learner: Learner | None) -> Offload:
+    """What this rank can move off its device."""
+    reference = learner.reference.module if learner is not None and learner.reference is not None else None
+    optimizer = learner.optimizer if learner is not None else None
+    return Offload(run.plan.residency, run.world.device, policy.module if policy is not None else None, optimizer, reference)
 
 
 def _final_frames(algorithm: Ppo | Grpo) -> FinalFrames:

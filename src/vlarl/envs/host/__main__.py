@@ -109,7 +109,7 @@ def serve(connection: int, memory: int) -> None:
         try:
             if order == "open":
                 host = Host(memory, content)
-                answer = {"opened": True}
+                answer: dict[str, Any] = {"opened": True}
             else:
                 assert host is not None and order in ("reset", "step"), f"unknown order {order!r}"
                 answer = {"rows": getattr(host, order)(content)}

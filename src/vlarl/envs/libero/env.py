@@ -5,6 +5,7 @@ copied at that moment, which costs little, and the cameras look at the copy once
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,11 +93,8 @@ class Libero:
         self.close()
         suite, number = split(task)
         name = setup.task_names(suite)[number]
-        np.random.seed(seed)
-        made = self._make(
-            bddl_file_name=setup.bddl_file(suite, name), use_camera_obs=False, ignore_done=True, render_gpu_device_id=-1,
-            camera_heights=self._spec.height, camera_widths=self._spec.width,
-        )
+        file = setup.bddl_file(suite, name)
+        made = _placed(seed, lambda: self._make(bddl_file_name=file, use_camera_obs=False, ignore_done=True))
         self._env, self._task, self._fresh = made.env, task, True
         self._states, self._sentence = setup.stored_states(suite, name), setup.instruction(name)
         from robosuite.utils.observables import Observable, sensor
@@ -106,20 +104,13 @@ class Libero:
 
     def _place(self, seed: int) -> None:
         """robosuite's reset, with the fixtures where `seed` puts them (a stored state does not say where they are)."""
-        from robosuite.utils.errors import RandomizationError
-
-        self._env.hard_reset = self._options["reset"] == "hard" and not self._fresh
-        self._fresh = False
-        gripper = self._env.robots[0].gripper
-        gripper.current_action = np.zeros(gripper.dof)  # a soft reset forgets it
-        for attempt in range(PLACEMENT_TRIES):
-            np.random.seed((seed + attempt) % 2**32)
-            try:
-                self._env.reset()
-                return
-            except RandomizationError:
-                continue
-        raise RuntimeError(f"{self._task}: no placement of the objects in {PLACEMENT_TRIES} tries")
+        env, hard = self._env, self._options["reset"] == "hard" and not self._fresh
+        self._fresh, env.hard_reset = False, hard
+        gripper = env.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)  # which a soft reset leaves as it was
+        if hard:
+            env.object_property_initializers.clear()  # else every load adds a second draw of each open drawer to numpy's stream
+        _placed(seed, env.reset)
 
     def _copy(self) -> np.ndarray:
         """Keep the world as it is while robosuite observes it."""
@@ -130,6 +121,19 @@ class Libero:
             self._model, self._seen = model, mujoco.MjData(model)
         mujoco.mj_copyData(self._seen, model, self._env.sim.data._data)
         return np.zeros(1)
+
+
+def _placed(seed: int, build: Callable[[], Any]) -> Any:
+    """build(), which draws where things lie; again with the next seed where robosuite gives up a placement of things that overlap."""
+    from robosuite.utils.errors import RandomizationError
+
+    for attempt in range(PLACEMENT_TRIES):
+        np.random.seed((seed + attempt) % 2**32)
+        try:
+            return build()
+        except RandomizationError:
+            continue
+    raise RuntimeError(f"no placement of the objects in {PLACEMENT_TRIES} tries")
 
 
 def axis_angle(quat_xyzw: np.ndarray) -> np.ndarray:
