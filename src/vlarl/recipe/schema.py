@@ -44,8 +44,9 @@ class Maniskill:
     __pydantic_config__ = STRICT
     register: tuple[str, ...] = ()
     """Python modules to import first, which register tasks of your own."""
-    control_mode: str = "pd_ee_delta_pose"
-    """Controller of the robot's hand; takes x, y, z, three angles and the gripper, or those of them that it knows."""
+    control_mode: str | None = None
+    """Controller of the robot's hand; takes x, y, z, three angles and the gripper, or those of them that it knows. null: pd_ee_delta_pose,
+    or the only one of a robot in BridgeData's scenes."""
     gripper: Literal["sign", "unit", "continuous"] = "sign"
     """What opens it: sign: a number above 0; unit: above 0.5 (OpenVLA on BridgeData); continuous: 1 open, -1 closed, between: between."""
     cameras: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from vlarl.errors import MachineError, PlanError
 from vlarl.rng import fold, integers
 
 PASTED = "rgb+segmentation"  # observation mode of tasks that paste robot and things onto a photograph; their camera has a fixed size
-BRIDGE_CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
+HAND_CONTROL = "pd_ee_delta_pose"
 GRIPPER_THRESHOLD = {"sign": 0.0, "unit": 0.5, "continuous": None}
 MESA = "Install Mesa 25 or newer (mesa-vulkan-drivers; Debian 12: from bookworm-backports), or set VK_ICD_FILENAMES to its lvp_icd.json."
 
@@ -48,7 +48,7 @@ class Simulation:
         self._visual_mode = PASTED if list(row.cls.SUPPORTED_OBS_MODES) == [PASTED] else "rgb"
         make: dict[str, Any] = {
             "num_envs": scenes, "obs_mode": self._visual_mode, "reward_mode": self._reward_mode(row.cls),
-            "control_mode": BRIDGE_CONTROL if self._visual_mode == PASTED else own["control_mode"],
+            "control_mode": own["control_mode"] or (None if self._visual_mode == PASTED else HAND_CONTROL),  # None: the robot's first
             "sim_backend": "physx_cuda" if cuda else "physx_cpu", "render_backend": "gpu" if cuda else "cpu",
         }
         if self._visual_mode == "rgb":
@@ -60,7 +60,7 @@ class Simulation:
             for mark in self.base._hidden_objects:
                 mark.show_visual()
             self.base._hidden_objects = []
-        self._parts = self._action_parts(make["control_mode"])
+        self._parts = self._action_parts()
         self._threshold = GRIPPER_THRESHOLD[own["gripper"]]
         self._cameras = self._choose_cameras(own["cameras"])
         told = dict(zip(settings["tasks"], own["instructions"], strict=True)) if own["instructions"] else {}
@@ -155,7 +155,8 @@ class Simulation:
             raise PlanError(f"env.reward = {self._reward}: {self.task} has no dense reward.", "Set env.reward to sparse.")
         return "normalized_dense"
 
-    def _action_parts(self, control_mode: str) -> Sequence[int]:
+    def _action_parts(self) -> Sequence[int]:
+        control_mode = str(self.base.control_mode)
         size = sum(getattr(self.base.single_action_space, "shape", None) or ())  # several robots have a dict of spaces
         if size not in ACTION_PARTS or "ee" not in control_mode:
             modes = [m for m in getattr(self.base.agent, "supported_control_modes", ()) if "ee" in m]
