@@ -206,6 +206,10 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy. Default: the training recipe's eval.temperature.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of scenes and sampling; results with one seed share their episodes.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="KEY=VALUE", help="What a published checkpoint's files do not say, such as kind=openvla-oft."),
+    ] = None,
     out: Out = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One rank in this process, for breakpoints.")] = False,
 ) -> None:
@@ -216,8 +220,25 @@ def evaluate(
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter("expected auto, cpu or cuda.", param_hint="--device")
     names = tuple(t.strip() for t in tasks.split(",")) if tasks else None
-    loaded, variations = eval_recipe(EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device))
+    loaded, variations = eval_recipe(
+        EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device, tuple(policy or ()))
+    )
     raise typer.Exit(run.start(loaded, run.Launch("eval", out, in_process=in_process, variations=variations)))
+
+
+@app.command()
+def export(
+    ckpt: Annotated[str, typer.Option("--ckpt", metavar="DIR", help="Run folder, checkpoint folder, policy folder or bundled:NAME.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the policy.")],
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Merge adapters into the weights. Default: the adapters by themselves, in PEFT's layout.")
+    ] = False,
+    shard_gb: Annotated[float, typer.Option("--shard-gb", min=0.001, help="Largest weight file, in GB (1e9 bytes).")] = 5.0,
+) -> None:
+    """Write a policy in the layout in which OpenVLA checkpoints are published, load it again, and compare."""
+    from vlarl_cli import export as exporting
+
+    raise typer.Exit(exporting.export(ckpt, out, merge_lora, shard_gb))
 
 
 @app.command()

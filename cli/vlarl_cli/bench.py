@@ -99,7 +99,7 @@ def write_profile(loaded: LoadedRecipe, path: Path, out: Path | None) -> int:
     profile = Profile(
         version=PROFILE_VERSION,
         name=path.stem,
-        summary=f"{recipe.env.simulator} at {recipe.env.image_size} pixels with {recipe.policy.kind}, measured.",
+        summary=f"{recipe.env.simulator} at {recipe.env.image_size} pixels with {policy_spec(recipe).kind}, measured.",
         source="measured",
         provenance=f"vlarl bench-placement {recipe.name} --write-profile, {time.strftime('%Y-%m-%d')}. {measured.notes}".strip(),
         device=measured.device,

@@ -6,11 +6,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from vlarl.distributed.manifest import MANIFEST, best, checkpoints, latest, verify
 from vlarl.errors import CheckpointError, RecipeError
 from vlarl.plan.cluster import discover
 from vlarl.plan.compile import rank_count
-from vlarl.policies.layout import read_policy_spec
+from vlarl.policies.layout import read_policy_spec, stated_settings
+from vlarl.recipe.document import overrides
 from vlarl.recipe.load import LoadedRecipe, load_with_origins
 from vlarl.recipe.rules import SIMULATOR_VARIATIONS, nearest, recipe_clashes, sentence
 from vlarl.recipe.schema import Env, Eval, Placement, Policy, Ppo, Recipe, Update
@@ -28,12 +31,14 @@ class EvalOptions:
     temperature: float | None
     seed: int
     device: str
+    policy: tuple[str, ...] = ()
+    """`KEY=VALUE` items of a recipe's `policy` section: what the files of a published checkpoint do not say."""
 
 
 def eval_recipe(options: EvalOptions) -> tuple[LoadedRecipe, tuple[str, ...]]:
     """The recipe of an evaluation, and the sets to play. Raises CheckpointError where there is no policy, RecipeError for bad options."""
     source, run_dir = find_policy(options.checkpoint)
-    trained = _training_recipe(source, run_dir)
+    trained = _training_recipe(source, run_dir, [f"policy.{item}" for item in options.policy])
     env = trained.env if options.tasks is None else replace(trained.env, tasks=options.tasks)
     variations = variation_names(options.sets, env.simulator)
     temperature = trained.eval.temperature if options.temperature is None else options.temperature
@@ -43,7 +48,7 @@ def eval_recipe(options: EvalOptions) -> tuple[LoadedRecipe, tuple[str, ...]]:
         device=options.device,  # type: ignore[arg-type]
         stall_seconds=trained.stall_seconds,
         env=replace(env, variation=variations[0]),
-        policy=replace(trained.policy, checkpoint=source, lora=None, freeze=()),
+        policy=replace(trained.policy, checkpoint=source, adapter=None, lora=None, freeze=()),
         algorithm=Ppo(critic_warmup=0),
         update=Update(updates=1),
         placement=Placement(),
@@ -98,11 +103,20 @@ def find_policy(checkpoint: str) -> tuple[str, Path | None]:
     return str(chosen), run_dir
 
 
-def _training_recipe(source: str, run_dir: Path | None) -> Recipe:
+def _training_recipe(source: str, run_dir: Path | None, settings: list[str]) -> Recipe:
     """The recipe that the policy was trained with; without a run folder, one with the simulator's defaults that fits the policy."""
     if run_dir is not None:
-        return load_with_origins(run_dir / "recipe.json", [f"policy.checkpoint={json.dumps(source)}"]).recipe
-    spec = read_policy_spec(source)
+        return load_with_origins(run_dir / "recipe.json", [*settings, f"policy.checkpoint={json.dumps(source)}"]).recipe
+    document = overrides(settings)
+    try:
+        values = {"checkpoint": source, **document.values.get("policy", {})}
+        policy = TypeAdapter(Policy).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        wrong = [f"--policy {'.'.join(map(str, e['loc']))}: {e['msg']}." for e in error.errors(include_url=False)]
+        raise RecipeError([*document.problems, *wrong], "vlarl eval") from None
+    if document.problems:
+        raise RecipeError(list(document.problems), "vlarl eval")
+    spec = read_policy_spec(source, policy.unnorm_key, stated_settings(policy))
     env = Env(image_size=max(32, min(224, spec.image_size)), wrist_camera=spec.views > 1)
     name = source.replace(":", "-").rstrip("/").split("/")[-1]
-    return Recipe(name=name, env=env, policy=Policy(kind=spec.kind, checkpoint=source))  # type: ignore[arg-type]
+    return Recipe(name=name, env=env, policy=policy)

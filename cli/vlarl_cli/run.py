@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlarl.distributed.manifest import latest
+from vlarl import serial
+from vlarl.distributed.manifest import check_placement, latest
 from vlarl.errors import CheckpointError, MachineError, PlanError, RecipeError, VlarlError, WorkerError
 from vlarl.launch import rundir
 from vlarl.launch.supervisor import supervise
@@ -17,14 +18,15 @@ from vlarl.launch.torchrun import command, rank_env, sbatch, worker_arguments
 from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan
 from vlarl.plan.memory import Job, checkpoint_bytes
-from vlarl.plan.placement import PlacementPlan
-from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.plan.placement import PlacementPlan, layout
+from vlarl.plan.specs import check_weights, policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe, load_with_origins
 from vlarl.recipe.schema import Recipe
 from vlarl_cli import render
 from vlarl_cli.placements import against_prediction, memory_against_prediction
 from vlarl_cli.shipped import find_recipe, read_profile, shipped_recipes
 
+BUILT_IN = ("bundled:", "scratch:")
 JOIN_SECONDS = 300.0  # that a node waits for node 0 to make the run folder
 
 
@@ -65,6 +67,7 @@ def make_plan(loaded: LoadedRecipe, job: Job, cluster: Cluster | None = None) ->
 
 def start(loaded: LoadedRecipe, launch: Launch) -> int:
     """Run a job in a new run folder. Returns the exit code."""
+    loaded = replace(loaded, recipe=_located(loaded.recipe))
     if launch.in_process and loaded.recipe.ranks is None:
         loaded = replace(loaded, recipe=replace(loaded.recipe, ranks=1))
     recipe = loaded.recipe
@@ -72,12 +75,21 @@ def start(loaded: LoadedRecipe, launch: Launch) -> int:
         rule = "warmstart: required for `vlarl sft`, and not given. Add a list of phases, such as `warmstart: [{steps: 5000}]`."
         raise RecipeError([rule], recipe.name)
     plan = make_plan(loaded, launch.job, nodes_like_this(recipe.device, launch.nodes))
+    check_weights(recipe)
     if launch.nodes is not None and launch.nodes.rank > 0:
         return _follow(_join(launch), plan, recipe, launch)
     out = launch.out or rundir.default_path(recipe.name, time.time())
     needed = 0 if launch.job == "eval" else checkpoint_bytes(recipe, policy_spec(recipe), plan.dtype)
     run = rundir.create(out, recipe, plan, needed)
     return _follow(run, plan, recipe, launch)
+
+
+def _located(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths, links followed: resuming from another folder, or after `best` has moved on, finds the same weights."""
+    p = recipe.policy
+    checkpoint = p.checkpoint if p.checkpoint.startswith(BUILT_IN) else str(Path(p.checkpoint).expanduser().resolve())
+    adapter = None if p.adapter is None else str(Path(p.adapter).expanduser().resolve())
+    return replace(recipe, policy=replace(p, checkpoint=checkpoint, adapter=adapter))
 
 
 def nodes_like_this(device: str, nodes: Nodes | None) -> Cluster | None:
@@ -117,19 +129,32 @@ def resume(run_path: Path, overrides: list[str], launch: Launch) -> int:
     newest = latest(run_path)
     if newest is None:
         raise CheckpointError(f"{run_path} holds no finished checkpoint to go on from.", "Start the recipe anew, in another folder.")
-    loaded = load_with_origins(run_path / "recipe.json", [*overrides, *_policy_override(run_path, newest)])
+    loaded = load_with_origins(run_path / "recipe.json", [*_policy_override(run_path, newest, overrides), *overrides])
     plan = make_plan(loaded, launch.job)
+    check_placement(newest, layout(plan))
+    check_weights(loaded.recipe)
     rundir.check_space(run_path, rundir.LOG_BYTES)
     run = rundir.reopen(run_path, loaded.recipe, plan)
     return _follow(run, plan, loaded.recipe, launch)
 
 
-def _policy_override(run_path: Path, newest: Path) -> list[str]:
-    """The policy that the run began with may have moved; its checkpoint has the same shape."""
-    source = rundir.read_json(run_path / "recipe.json")["policy"]["checkpoint"]
-    if ":" in source or Path(source).is_dir():
+def _policy_override(run_path: Path, newest: Path, overrides: list[str]) -> list[str]:
+    """The policy that the run began with may have moved; its checkpoint has the same shape, and the same weights where they are frozen.
+
+    It will not do where the first weights themselves are needed: below adapters, and as the reference of the KL term.
+    """
+    recipe = serial.load(Recipe, run_path / "recipe.json")
+    used = [name for name in (recipe.policy.checkpoint, recipe.policy.adapter) if name is not None]
+    gone = [name for name in used if not name.startswith(BUILT_IN) and not Path(name).expanduser().is_dir()]
+    if not gone or any(text.startswith("policy.checkpoint=") for text in overrides):
         return []
-    return [f"policy.checkpoint={json.dumps(str(newest / 'policy'))}"]
+    needed = "the base of its adapters (policy.lora)" if recipe.policy.lora is not None else ""
+    if recipe.algorithm.kl_coef > 0 and not recipe.warmstart:
+        needed = needed or "the reference of its KL term (algorithm.kl_coef)"
+    if needed:
+        hint = f"Put it back, or name its new place: vlarl train --resume {run_path} policy.checkpoint=FOLDER."
+        raise CheckpointError(f"{gone[0]}, which the run began with and which is {needed}, is gone.", hint)
+    return [f"policy.checkpoint={json.dumps(str(newest / 'policy'))}", "policy.adapter=null"]
 
 
 def _follow(run: rundir.RunDir, plan: PlacementPlan, recipe: Recipe, launch: Launch) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import pytest
 import torch
 from spawn import ToyPolicy, run_ranks, toy_batch, toy_loss_sum
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
+from helpers.disk import mounted
 from vlarl.distributed import checkpoint, fsdp
 from vlarl.distributed.manifest import best, checkpoint_folder, checkpoints, latest, mark_best, prune, read_manifest, verify
 from vlarl.distributed.mesh import World
@@ -146,14 +147,8 @@ def test_too_little_space_is_refused_before_writing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "200k") as disk:
+        yield disk
 
 
 def test_a_really_full_disk_leaves_the_first_checkpoint_and_nothing_else(small_disk: Path) -> None:
@@ -206,6 +201,34 @@ def test_missing_truncated_changed_and_foreign_checkpoints_are_named(tmp_path: P
             verify(tmp_path / name)
     messages = run_ranks(2, _load_errors, run, tmp_path / "truncated")
     assert messages[0] == messages[1] and "bytes, expected" in messages[0]
+
+
+def _freeze_and_resume(world: World, run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train with frozen towers, save, load into another policy with the same frozen weights: both, gathered."""
+    weights = []
+    for seed in (0, 99):
+        module = ToyPolicy(F64, seed)
+        module.vision_backbone.load_state_dict(ToyPolicy(F64).vision_backbone.state_dict())
+        module.vision_backbone.requires_grad_(False)
+        fsdp.shard(module, world.learner, F64)
+        optimizer = build_optimizer(module, 1e-2, 1e-1, (0.9, 0.95), 1e-5, 0.1)
+        if seed == 0:
+            _step(world, module, optimizer)
+            _save(world, run, 2, module, optimizer)
+        else:
+            checkpoint.load(world, checkpoint_folder(run, 2), module, optimizer)
+        weights.append(fsdp.full_state_dict(module))
+    return weights[0], weights[1]
+
+
+def test_frozen_weights_are_not_stored_again(tmp_path: Path) -> None:
+    saved, loaded = run_ranks(1, _freeze_and_resume, tmp_path)[0]
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    folder = checkpoint_folder(tmp_path, 2)
+    stored = {key for key in FileSystemReader(folder / "state").read_metadata().state_dict_metadata if "vision_backbone" in key}
+    assert stored == set()
+    policy = torch.load(folder / "policy" / "weights.pt")
+    assert torch.equal(policy["vision_backbone.weight"], ToyPolicy(F64).vision_backbone.weight)
 
 
 def _load_foreign(world: World, run: Path) -> str:

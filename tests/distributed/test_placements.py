@@ -1,6 +1,8 @@
 """Owns the claim that placement changes speed, never results: one recipe, every placement, the same first rollout and the same weights."""
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,15 @@ import torch
 from spawn import run_processes
 from torch import Tensor
 
-from vlarl import serial
 from vlarl.distributed.fsdp import full_state_dict
+from vlarl.launch.rundir import create, reopen
 from vlarl.learner.update import Learner
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.compile import compile_plan
 from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.policies.checkpoint import load_policy
 from vlarl.recipe.load import load_recipe
-from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe
+from vlarl.recipe.schema import Grpo, Placement, Ppo, Recipe, Warmstart
 from vlarl.types import TrajectoryBatch
 from vlarl.worker import jobs, loop
 from vlarl.worker.context import Context
@@ -58,16 +61,13 @@ def recipe_for(algorithm: str, placement: Placement, ranks: int) -> Recipe:
 
 
 def run_folder(path: Path, recipe: Recipe) -> Path:
-    path.mkdir()
     cluster = Cluster(cores=4, host_bytes=1 << 40)
     plan = compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env))
-    (path / "recipe.json").write_text(serial.dumps(recipe))
-    (path / "plan.json").write_text(serial.dumps(plan))
-    return path
+    return create(path, recipe, plan, 0).path
 
 
-def _train(run_dir: Path) -> dict[str, Any]:
-    """A rank's whole job; what it learnt from first, and the weights in the end (of the first learner)."""
+def _train(run_dir: Path, resume: bool = False) -> dict[str, Any]:
+    """A rank's whole job; what it learnt from first, and the weights before and after (of the first learner)."""
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
     collect, train = loop.collect, jobs.train
@@ -78,19 +78,25 @@ def _train(run_dir: Path) -> dict[str, Any]:
         return batch, targets
 
     def finish(run: Context, trainer: Trainer, learner: Learner, resume: bool) -> Progress:
+        seen["start"] = full_state_dict(learner.policy.module)
         progress = train(run, trainer, learner, resume)
         seen["weights"] = full_state_dict(learner.policy.module)
         return progress
 
     loop.collect, jobs.train = watch, finish  # type: ignore[assignment]
-    jobs.run_job("train", run_dir, jobs.JobOptions())
+    jobs.run_job("train", run_dir, jobs.JobOptions(resume=resume))
     return seen
 
 
-def trained(folder: Path, algorithm: str, placement: Placement, ranks: int) -> tuple[list[TrajectoryBatch], dict[str, Tensor]]:
-    run_dir = run_folder(folder, recipe_for(algorithm, placement, ranks))
-    results = run_processes(ranks, _train, run_dir, seconds=500.0)
-    return [r["batch"] for r in results if "batch" in r], next(r["weights"] for r in results if r.get("weights"))
+def trained(run_dir: Path, ranks: int, resume: bool = False) -> tuple[list[TrajectoryBatch], Tensor, Tensor]:
+    """What the learners saw first, and all weights before and after, end to end."""
+    results = run_processes(ranks, _train, run_dir, resume, seconds=500.0)
+    first = next(r for r in results if r.get("weights"))
+    return [r["batch"] for r in results if "batch" in r], _flat(first["start"]), _flat(first["weights"])
+
+
+def _flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([w.flatten() for w in weights.values() if w.is_floating_point()])
 
 
 def first_rollout(batches: list[TrajectoryBatch]) -> dict[str, Any]:
@@ -108,12 +114,50 @@ def first_rollout(batches: list[TrajectoryBatch]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_placement_never_changes_results(tmp_path: Path, algorithm: str) -> None:
-    alone, weights = trained(tmp_path / "alone", algorithm, Placement(mode="collocated"), 1)
+    alone, start, end = trained(run_folder(tmp_path / "alone", recipe_for(algorithm, Placement(mode="collocated"), 1)), 1)
     expected = first_rollout(alone)
-    assert len(expected["columns"]) == 8
-    start = torch.cat([w.flatten() for w in weights.values() if w.is_floating_point()])
+    assert len(expected["columns"]) == 8 and (end - start).abs().max() > 1e-4
     for name, placement in PLACEMENTS.items():
-        batches, other = trained(tmp_path / name, algorithm, placement, 4)
+        batches, _, other = trained(run_folder(tmp_path / name, recipe_for(algorithm, placement, 4)), 4)
         assert first_rollout(batches) == expected, name
-        end = torch.cat([w.flatten() for w in other.values() if w.is_floating_point()])
-        assert (end - start).abs().max() <= 1e-9, (name, float((end - start).abs().max()))
+        assert (other - end).abs().max() <= 1e-9, (name, float((other - end).abs().max()))
+
+
+def test_a_disaggregated_run_evaluates_and_resumes_exactly(tmp_path: Path) -> None:
+    recipe = recipe_for("ppo", Placement(mode="disaggregated", env="1", rollout="1", learner="1"), 3)
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every=1, keep=2), eval=replace(recipe.eval, every=2, episodes=4))
+    run_dir = run_folder(tmp_path / "run", recipe)
+    _, _, whole = trained(run_dir, 3)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/success" in row for row in rows) and rows[-2]["sync/bytes"] > 0
+    shutil.rmtree(run_dir / "checkpoints" / "update-000002")
+    _, _, resumed = trained(run_dir, 3, resume=True)
+    assert torch.equal(whole, resumed)
+    recipe = replace(recipe, placement=Placement(mode="hybrid", env="1", rollout="2"))
+    cluster = Cluster(cores=4, host_bytes=1 << 40)
+    reopen(run_dir, recipe, compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env)))
+    with pytest.raises(AssertionError, match="CheckpointError: .* by a run disaggregated on 3 ranks .*; this one is hybrid on 3 ranks"):
+        trained(run_dir, 3, resume=True)
+
+
+def test_a_warm_start_is_the_same_under_every_placement(tmp_path: Path) -> None:
+    """All ranks clone, whatever their roles; RL starts from what they cloned, also where it only acts."""
+    cloning = (Warmstart(steps=2, batch=8, pool=128, learning_rate=1e-3, lr_warmup=0, log_every=1),)
+    ends: list[Tensor] = []
+    for name in ("collocated", "disaggregated", "hybrid"):
+        recipe = replace(recipe_for("ppo", PLACEMENTS[name], 4), warmstart=cloning)
+        recipe = replace(recipe, update=replace(recipe.update, updates=1))
+        run_dir = run_folder(tmp_path / name, recipe)
+        batches, start, end = trained(run_dir, 4)
+        assert len((run_dir / "warmstart" / "metrics.jsonl").read_text().splitlines()) == 2
+        cloned = load_policy(str(run_dir / "warmstart"), dtype=torch.float64).module.state_dict()
+        scratch = load_policy("scratch:tiny", dtype=torch.float64, seed=recipe.seed).module.state_dict()
+        assert torch.equal(start, _flat(cloned)) and (start - _flat(scratch)).abs().max() > 1e-4
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["update/logprob_gap"] < 1e-9, "those that act have the cloned weights too"
+        ends += [start, end]
+        if name == "collocated":
+            expected = first_rollout(batches)
+        assert first_rollout(batches) == expected, name
+    for other in (2, 4):
+        assert torch.equal(ends[other], ends[0]) and (ends[other + 1] - ends[1]).abs().max() <= 1e-9

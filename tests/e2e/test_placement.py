@@ -20,6 +20,7 @@ from vlarl.types import TrajectoryBatch
 SMALL = ("env.reward=shaped", "eval.every=0", "log.tensorboard=false", "log.video_every=0", "log.histograms_every=0", "checkpoint.every=0")
 PPO = ("algorithm.critic_warmup=1", "update.epochs=2")
 GRPO = ("algorithm.kind=grpo", "algorithm.group_size=4", "algorithm.episodes_per_update=8", "update.minibatches=3")
+OPENVLA = (*PPO, "policy.checkpoint=scratch:tiny-openvla")
 COMPARED = ("image_TBVHWC", "state_TBD", "token_TBN", "reward_TBK", "terminated_TBK", "truncated_TBK", "valid_TBK", "active_TB")
 
 
@@ -49,7 +50,7 @@ def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("overrides", [PPO, GRPO], ids=["ppo", "grpo"])
+@pytest.mark.parametrize("overrides", [PPO, GRPO, OPENVLA], ids=["ppo", "grpo", "openvla"])
 def test_one_rank_and_two_learn_the_same(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     alone = trained(tmp_path / "alone", 1, "dtype=float64", *overrides)
     both = trained(tmp_path / "both", 2, "dtype=float64", *overrides)

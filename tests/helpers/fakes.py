@@ -146,7 +146,7 @@ class LinearPolicy:
         logp_BNM = log_distribution(logits_BNM, temperature, top_k)
         return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_B1)
 
-    def logits(self, obs: Observation) -> Tensor:
+    def logits(self, obs: Observation, token_BN: Tensor) -> Tensor:
         return self.module(obs.state_BD)[0]
 
 

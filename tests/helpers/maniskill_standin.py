@@ -48,11 +48,12 @@ JOINTS = (
 
 
 def write_all() -> None:
-    """Everything that the plate suite reads."""
+    """Everything that the plate suite and PutCarrotOnPlateInScene read."""
     if BRIDGE.exists():
         return
     write_robot(DATA / "robots" / "widowx" / "wx250s.urdf")
     write_stage(BRIDGE / "stages" / "bridge_table_1_v1.glb")
+    write_carrot(BRIDGE)
     write_plate_suite(DATA / "tasks" / "put_on_plate_25" / "carrot")
 
 
@@ -82,6 +83,29 @@ def write_stage(path: Path) -> None:
     _painted(top, (170, 130, 90)).export(path)
 
 
+def write_carrot(root: Path) -> None:
+    """A box for the carrot, a disc for the plate, a grey photograph."""
+    import cv2
+    import trimesh
+
+    meshes = {
+        "bridge_carrot_generated_modified": trimesh.creation.box((0.08, 0.025, 0.025)),
+        "bridge_plate_objaverse_larger": trimesh.creation.cylinder(radius=0.075, height=0.012),
+    }
+    table = {name: _model(root / "custom" / "models" / name, mesh, (230, 110, 20)) for name, mesh in meshes.items()}
+    (root / "custom" / "info_bridge_custom_v0.json").write_text(json.dumps(table))
+    (root / "real_inpainting").mkdir()
+    cv2.imwrite(str(root / "real_inpainting" / "bridge_real_eval_1.png"), np.full((480, 640, 3), 77, np.uint8))
+
+
+def _model(place: Path, mesh, rgb):  # type: ignore[no-untyped-def]
+    """Write a model's two files; its row in a table."""
+    place.mkdir(parents=True)
+    mesh.export(place / "collision.obj")
+    _painted(mesh.copy(), rgb).export(place / "textured.glb")
+    return {"bbox": {"min": mesh.bounds[0].tolist(), "max": mesh.bounds[1].tolist()}, "density": 500, "scales": [1.0]}
+
+
 def write_plate_suite(root: Path) -> None:
     """25 boxes, 17 plates, 21 photographs of one colour each, as many textures."""
     import cv2
@@ -94,12 +118,8 @@ def write_plate_suite(root: Path) -> None:
     for folder, meshes in models.items():
         table = {}
         for n, (name, mesh) in enumerate(meshes.items()):
-            place = root / folder / name
-            place.mkdir(parents=True)
-            mesh.export(place / "collision.obj")
-            _painted(mesh.copy(), (250 - 8 * n, 9 * n, 120)).export(place / "textured.glb")
-            bounds = {"min": mesh.bounds[0].tolist(), "max": mesh.bounds[1].tolist()}
-            table[name] = {"name": f"{name[:5]} {n}", "bbox": bounds, "density": 500, "scale": [1.0]}
+            row = _model(root / folder / name, mesh, (250 - 8 * n, 9 * n, 120))
+            table[name] = {"name": f"{name[:5]} {n}", "scale": row.pop("scales"), **row}
         (root / folder / "model_db.json").write_text(json.dumps(table))
     tables = {}
     for n in range(21):

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers.command_line import Vlarl, command_line
 from vlarl import serial
 from vlarl.errors import VlarlError, WorkerError
 from vlarl.launch.rundir import RunDir
@@ -18,29 +18,18 @@ from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.profile import Measured, Profile, without_traffic
 from vlarl.recipe.schema import Placement
-from vlarl_cli import app, bench
+from vlarl_cli import bench
 from vlarl_cli.charts import Bar, read_lanes
 from vlarl_cli.placements import against_prediction, block
 from vlarl_cli.shipped import profile_text, read_profile, shipped_profiles
 
-Vlarl = Callable[..., tuple[int, str, str]]
 DEBUG = ("debug", "device=cpu", "env.parallel=16", "algorithm.chunks_per_update=4")
 EMULATE = ("bench-placement", *DEBUG, "--emulate", "openvla-maniskill", "--devices", "4")
 
 
 @pytest.fixture
 def vlarl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlarl:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlarl", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+    return command_line(monkeypatch, capsys, tmp_path)
 
 
 @pytest.fixture

@@ -3,23 +3,27 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.command_line import Vlarl, command_line
+from vlarl import serial
 from vlarl.errors import CheckpointError, RecipeError
 from vlarl.launch.rundir import RunDir
-from vlarl_cli import app, run
+from vlarl.policies.layout import resolve_folder
+from vlarl_cli import run
 from vlarl_cli.evaluate import EvalOptions, eval_recipe, find_policy, variation_names
 from vlarl_cli.render import PLAIN_SECONDS, PlainProgress
 from vlarl_cli.shipped import shipped_recipes
 
-Vlarl = Callable[..., tuple[int, str, str]]
 STATUS = {
     "phase": "rollout", "update": 1, "updates": 9, "frames_per_second": 1234.0, "success": 0.5, "episodes": 64, "eta_seconds": 65.0,
     "line": "update 61%",
@@ -28,19 +32,7 @@ STATUS = {
 
 @pytest.fixture
 def vlarl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlarl:
-    """Run the command line in this process, in an empty folder. Returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlarl", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+    return command_line(monkeypatch, capsys, tmp_path)
 
 
 @pytest.fixture
@@ -88,6 +80,40 @@ def test_a_plan_is_printed_and_nothing_is_started(vlarl: Vlarl, tmp_path: Path) 
     assert json.loads(vlarl("plan", "debug", "device=cpu", "--json")[1])["rollout"]["parallel"] == 8
 
 
+def test_a_run_remembers_which_weights_it_began_with(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    shutil.copytree(resolve_folder("bundled:tiny-sft")[0], tmp_path / "update-000001")
+    (tmp_path / "best").symlink_to("update-000001")
+    assert vlarl("train", "debug", "device=cpu", "ranks=1", "policy.checkpoint=best", "--out", "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["policy"]["checkpoint"] == str(tmp_path / "update-000001")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ((), ""),
+        (("algorithm.kl_coef=0.1",), "the reference of its KL term"),
+        (("algorithm.kl_coef=0.1", "warmstart=[{steps: 1}]"), ""),  # the reference is the warm start's own folder
+        (("policy.lora={rank: 2}",), "the base of its adapters"),
+    ],
+)
+def test_a_policy_folder_that_is_gone_is_replaced_only_where_that_is_exact(tmp_path: Path, changes: tuple[str, ...], says: str) -> None:
+    base, run_dir = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(resolve_folder("bundled:tiny-sft")[0], base)
+    run_dir.mkdir()
+    loaded = run.load("debug", [f"policy.checkpoint={base}", *changes])
+    (run_dir / "recipe.json").write_text(serial.dumps(loaded.recipe))
+    newest = tmp_path / "run" / "checkpoints" / "update-000001"
+    assert run._policy_override(run_dir, newest, []) == []
+    base.rename(tmp_path / "moved")
+    if not says:
+        expected = [f'policy.checkpoint="{newest / "policy"}"', "policy.adapter=null"]
+        assert run._policy_override(run_dir, newest, []) == expected
+    else:
+        with pytest.raises(CheckpointError, match=says):
+            run._policy_override(run_dir, newest, [])
+        assert run._policy_override(run_dir, newest, [f"policy.checkpoint={tmp_path / 'moved'}"]) == []
+
+
 def test_mistakes_end_with_code_2_and_no_traceback(vlarl: Vlarl, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: a\nseed: -1\npolicy: {checkpoint: 'scratch:tiny', chekpoint: 1}\n")
     (tmp_path / "file").touch()
@@ -101,6 +127,8 @@ def test_mistakes_end_with_code_2_and_no_traceback(vlarl: Vlarl, tmp_path: Path)
         (("train", "--resume", "nowhere"), "is not a run folder"),
         (("sft", "debug"), "warmstart: required"),
         (("eval", "--ckpt", "nowhere"), "nowhere"),
+        (("export", "--ckpt", "nowhere", "--out", "there"), "nowhere"),
+        (("export", "--ckpt", "bundled:tiny-sft", "--out", "file"), "is not an empty folder"),
         (("eval", "--ckpt", "scratch:tiny", "--set", "night"), "no such set"),
         (("eval", "--ckpt", "scratch:tiny", "--tasks", "put,fly"), "has no task 'fly'"),
         (("train", "debug", "ranks=2", "--in-process", "--out", "two"), "--in-process runs one rank"),
@@ -183,6 +211,30 @@ def checkpoint(run_dir: Path, update: int) -> Path:
     return folder
 
 
+def test_resume_refuses_another_placement(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+    """Before anything is touched, naming both."""
+    apart = ("placement.mode=disaggregated", "placement.env=1", "placement.rollout=1", "placement.learner=1")
+    settings = ("debug", "device=cpu", "ranks=3", "threads=null", *apart)
+    assert vlarl("train", *settings, "--out", "run")[0] == 0
+    manifest = checkpoint(tmp_path / "run", 1) / "manifest.json"
+    placement = "disaggregated on 3 ranks (env 0; rollout 1; learner 2), 8 slots in 1 stage"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"placement": placement}))
+    plan = (tmp_path / "run" / "plan.json").read_text()
+    hybrid = "hybrid on 3 ranks (env 0; rollout 1,2; learner 0,1,2), 8 slots in 1 stage"
+    together = ("ranks=2", "placement.mode=collocated", *(f"placement.{role}=null" for role in ("env", "rollout", "learner")))
+    others = {
+        hybrid: ("placement.mode=hybrid", "placement.rollout=2", "placement.learner=null"),
+        "collocated on 2 ranks (env 0,1; rollout 0,1; learner 0,1), 8 slots in 1 stage": together,
+        "learner 2), 16 slots in 1 stage": ("env.parallel=16",),
+    }
+    for other, changes in others.items():
+        code, _, text = vlarl("train", "--resume", "run", *changes)
+        flat = " ".join(text.split())
+        assert code == 2 and f"written by a run {placement}; this one is" in flat and other in flat, text
+    assert (tmp_path / "run" / "plan.json").read_text() == plan and len(supervised) == 1
+    assert vlarl("train", "--resume", "run")[0] == 0 and len(supervised) == 2
+
+
 def test_what_ckpt_may_name(tmp_path: Path) -> None:
     assert find_policy("bundled:x") == ("bundled:x", None)
     (tmp_path / "recipe.json").write_text("{}")
@@ -215,6 +267,21 @@ def test_eval_takes_the_simulator_from_training(vlarl: Vlarl, supervised: list[t
     assert (env.tasks, env.horizon, env.parallel) == (("push",), 20, 30)
     assert (settings.episodes, settings.parallel, settings.temperature, loaded.recipe.seed) == (30, 30, 0.5, 7)
     assert variations == ("train", "vision", "semantics", "execution")
+
+
+def test_eval_is_told_what_a_published_checkpoint_does_not_say(tmp_path: Path) -> None:
+    tiny = Path(run.__file__).parents[2] / "src" / "vlarl" / "assets" / "tiny"
+    raw = json.loads((tiny / "config.json").read_text())
+    del raw["vlarl"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shutil.copyfile(tiny / "dataset_statistics.json", tmp_path / "dataset_statistics.json")
+    options = EvalOptions(str(tmp_path), "train", 4, None, None, None, 1, "cpu")
+    with pytest.raises(CheckpointError, match="--policy kind="):
+        eval_recipe(options)
+    policy = eval_recipe(replace(options, policy=("kind=openvla-oft", "chunk=6", "crop=true")))[0].recipe.policy
+    assert (policy.kind, policy.chunk, policy.crop) == ("openvla-oft", 6, True)
+    with pytest.raises(RecipeError, match="--policy kind: "):
+        eval_recipe(replace(options, policy=("kind=dreams",)))
 
 
 def test_sets() -> None:

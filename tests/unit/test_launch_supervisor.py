@@ -14,6 +14,7 @@ import psutil
 import pytest
 from launch_helpers import PLAN, RECIPE, fake_command
 
+from helpers.commands import running
 from vlarl.errors import VlarlError, WorkerError
 from vlarl.launch import rundir
 from vlarl.launch.supervisor import supervise
@@ -31,13 +32,6 @@ def survivors(folder: Path) -> list[int]:
     pids = [int(p.read_text()) for p in [*folder.glob("pid*"), *folder.glob("child.pid")]]
     assert pids, "no rank came up"
     return [pid for pid in pids if running(pid)]
-
-
-def running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def failure(run: rundir.RunDir, behaviours: str, stall_seconds: float = 60.0) -> VlarlError:

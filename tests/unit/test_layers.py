@@ -29,7 +29,7 @@ ALLOWED = {
     "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
     "plan": (
         *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
-        *("policies.spec", "policies.layout"),
+        *("policies.spec", "policies.layout", "policies.adapter"),
     ),
     "launch": ("errors", "serial", "recipe", "plan"),
     "launch.lifeline": (),
@@ -52,6 +52,7 @@ ALLOWED = {
 # What the control process is made of.
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
 TORCH_FREE += ("policies.spec", "policies.layout")
+TORCH_FREE += ("policies.adapter", "policies.weight_files")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 
 

@@ -98,12 +98,17 @@ def test_gpus_and_nodes() -> None:
         ({"eval": Eval(parallel=5), "ranks": 2}, {}, "eval.parallel = 5 (default): does not split over 2 ranks. Use 4 or 6, or null."),
         ({"update": Update(minibatches=769), "ranks": 1}, {}, "Use at most 768."),
         ({"warmstart": (Warmstart(steps=1, batch=3),), "ranks": 2}, {}, "a phase's batch of 3 does not split over 2 ranks."),
+        (
+            {"warmstart": (Warmstart(steps=1, batch=64),), "ranks": 3, "placement": Placement(mode="disaggregated")},
+            {},
+            "a phase's batch of 64 does not split over 3 ranks. Use 63 or 66.",
+        ),
         ({}, {"action_dim": 14}, "it emits 14 numbers per action and tabletop takes 7"),
         ({}, {"views": 2}, "Set env.wrist_camera to true."),
         ({}, {"proprio_dim": 9}, "it reads a state of 9 numbers and tabletop gives 8"),
         ({}, {"image_size": 224}, "env.image_size = 64 (default): the policy scratch:tiny looks at 224 pixels"),
         ({}, {"chunk": 50}, "env.horizon = 48 (default): shorter than one chunk"),
-        ({}, {"kind": "openvla"}, "holds a policy of kind openvla"),
+        ({"policy": Policy(kind="openvla-oft", checkpoint="x")}, {"kind": "openvla"}, "x holds a policy of kind openvla"),
     ],
 )
 def test_refusals(changes: dict[str, Any], policy: dict[str, Any], says: str) -> None:
@@ -145,6 +150,21 @@ def test_memory_rows_by_hand() -> None:
     assert {row.phase for row in evaluation.memory} == {"evaluation"}
     # weights and exported policy, Adam's two moments, float32: 16 bytes a parameter, in keep + 2 copies
     assert checkpoint_bytes(RECIPE, POLICY, "float32") == 16_000_000 * 4
+
+
+def test_a_decoder_with_a_cache_needs_room_for_it() -> None:
+    acting = [
+        next(row.bytes for row in compile_plan(with_(ranks=2), LAPTOP, policy, ENV).memory if row.component == "activations while acting")
+        for policy in (POLICY, replace(POLICY, kv_cache=True))
+    ]
+    assert acting[1] - acting[0] == 32 * 68 * 2 * 96 * 3 * 4  # slots x positions x (keys, values) x hidden x layers x float32
+
+
+def test_an_l1_head_is_for_evaluation_only() -> None:
+    regression = replace(POLICY, head="l1")
+    with pytest.raises(PlanError, match=r"policy.checkpoint.*L1 head.*evaluated, not trained"):
+        compile_plan(RECIPE, LAPTOP, regression, ENV)
+    assert compile_plan(RECIPE, LAPTOP, regression, ENV, "eval").memory
 
 
 def test_the_plan_survives_json() -> None:

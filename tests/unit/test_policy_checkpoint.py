@@ -160,12 +160,13 @@ def test_no_layer_for_the_adapters(folder: Path) -> None:
 
 def test_published_fixture_loads_with_the_usual_settings(tmp_path: Path) -> None:
     source = Path(__file__).parent.parent / "data" / "openvla_tiny"
-    spec = read_policy_spec(str(source), "tiny_spatial")
+    oft = {"kind": "openvla-oft"}
+    spec = read_policy_spec(str(source), "tiny_spatial", oft)
     assert (spec.chunk, spec.action_dim, spec.views, spec.image_size, spec.unnorm_key) == (8, 7, 1, 224, "tiny_spatial_no_noops")
     target = tmp_path / "fixture"
     shutil.copytree(source, target)
     shutil.copyfile(Path(str(load_policy("scratch:tiny").folder)) / "tokenizer.json", target / "tokenizer.json")
-    policy = load_policy(str(target), unnorm_key="tiny_other")
+    policy = load_policy(str(target), unnorm_key="tiny_other", stated=oft)
     obs = Observation(torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 8), ("wait",))
     chunk = policy.act(obs, None, 1.0, 0)
     assert chunk.action_BKA.shape == (1, 8, 7)

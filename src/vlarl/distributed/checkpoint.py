@@ -41,6 +41,7 @@ def save(
 ) -> None:
     """Write a checkpoint to `folder`, replacing an older one there. Collective; `module` is sharded and not being acted with.
 
+    Weights that are not trained are not in it (but may be in the policy that `write_policy` writes): they are read where the policy is.
     module, optimizer: None on the ranks that do not learn.
     extra: this rank's own state: plain Python values and tensors (episode scheduler, open episodes, counters).
     write_policy(path, state): called on the main rank with an empty folder and the whole weights (CPU), writes the policy for `eval`.
@@ -57,9 +58,9 @@ def save(
 def load(
     world: World, folder: Path, module: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    """Restore weights and optimiser in place from `folder`, on any number of ranks. Collective.
+    """Restore trained weights and optimiser in place from `folder`, on any number of ranks. Collective.
 
-    module: None on ranks that do not learn.
+    module: None on ranks that do not learn; elsewhere it holds the weights that are not trained already.
 
     Returns (extras, manifest): extras holds what each saving rank gave as `extra`, in rank order, so `extras[world.rank]` is this rank's
     own where manifest["ranks"] == world.world_size. Learning rates are not restored: they follow from the schedule.
@@ -134,9 +135,10 @@ def _read(world: World, folder: Path, module: nn.Module | None, optimizer: torch
 
 
 def _state(module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Flat name -> live tensor of weights, buffers and moments; loading copies into these very tensors, shard by shard."""
+    """Flat name -> live tensor of trained weights, buffers and moments; loading copies into these very tensors, shard by shard."""
     assert module is not None, "a learner holds the policy"
-    state = {f"weights.{name}": value for name, value in module.state_dict().items()}
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    state = {f"weights.{name}": value for name, value in module.state_dict().items() if name not in frozen}
     if optimizer is not None:
         for name, p in module.named_parameters():
             if p.requires_grad:

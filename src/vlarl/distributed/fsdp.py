@@ -34,7 +34,7 @@ def shard(
     forward_methods: Sequence[str] = (),
     activation_checkpointing: bool = False,
 ) -> None:
-    """Shard `module`'s parameters over `mesh`, in place; build the optimiser afterwards.
+    """Shard `module`'s parameters over `mesh`, in place; build the optimiser afterwards. An empty module (meta device) stays empty.
 
     Parameters keep their dtype as masters (float32, or float64 runs); forward and backward run in `compute_dtype` where it differs,
     gradients are reduced in the masters' dtype. Inputs and buffers are not cast: the module does that itself.
@@ -184,6 +184,16 @@ def free_gathered(module: nn.Module) -> None:
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor that `shard` spread (by rows, as torch.chunk divides them), sharing its memory, and its first row."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    axis = next(i for i, placement in enumerate(tensor.placements) if placement.is_shard(0))
+    mesh = tensor.device_mesh
+    rows = tensor.shape[0]
+    return tensor.to_local(), min(rows, -(-rows // mesh.size(axis)) * mesh.get_local_rank(axis))
 
 
 def _misfit(module: nn.Module, state: Mapping[str, Tensor]) -> str:

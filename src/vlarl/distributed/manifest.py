@@ -76,6 +76,16 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def check_placement(folder: Path, placement: str) -> None:
+    """Raise CheckpointError unless `folder` was written under `placement` (see `plan.placement.layout`): open episodes belong to ranks."""
+    manifest = read_manifest(folder)
+    written = manifest.get("placement", placement)  # older ones do not say
+    if written != placement:
+        message = f"{folder} was written by a run {written}; this one is {placement}, and open episodes belong to ranks and slots."
+        hint = "Resume with the ranks, placement and env.parallel of then, or start a new run from its policy/ folder."
+        raise CheckpointError(message, hint)
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's finished checkpoints, oldest first."""
     found = [p for p in (run_dir / "checkpoints").glob(f"{_PREFIX}*") if _update(p).isdigit() and (p / MANIFEST).is_file()]

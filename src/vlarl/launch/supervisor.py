@@ -27,11 +27,14 @@ from vlarl.launch.torchrun import Command
 POLL_SECONDS = 0.2
 CENSUS_SECONDS = 2.0  # between looks at who descends from torchrun; each reads the whole process table
 START_SECONDS = 120.0  # at least so long until a rank's first heartbeat: torch is imported, perhaps from a cold disk
-AFTERMATH_SECONDS = 3.0  # left to the other ranks to end by themselves once one has failed
+AFTERMATH_SECONDS = 8.0  # left to the other ranks to end by themselves, and to torchrun for its report, once one has failed
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 5.0  # a process in the middle of a device call takes a moment to die
 FULL_DISK_BYTES = 64 << 10  # with less, a rank cannot say why it ended
 STACK_SECONDS = 0.5  # left to a stalled rank to write its stacks
+SHOWN_RANKS = 4  # by name in a message
+# Signals that end the rank which is at fault; SIGTERM is torchrun's, and a communicator that lost its peers aborts.
+KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,6 +43,7 @@ class _Group:
     """torchrun and everything below it. Ranks live in sessions of their own, so they are found by descent."""
 
     process: subprocess.Popen[bytes]
+    log_start: int  # where its part of torchrun.log begins: a resumed run appends to it
     members: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
 
     def refresh(self) -> None:
@@ -95,7 +99,7 @@ def supervise(
             )
         except OSError as error:
             raise MachineError(f"{command.argv[0]} cannot be started: {error.strerror}.") from None
-        group = _Group(process)
+        group = _Group(process, log.tell())
         try:
             failure = _follow(group, run, ranks, stall_seconds, on_progress, caught)
         finally:
@@ -103,7 +107,7 @@ def supervise(
     if caught:
         return caught[0]
     if failure is None and process.returncode != 0:
-        failure = first_failure(run, ranks) or _silent_death(run, process.returncode)
+        failure = _cause(group, run, ranks) or _silent_death(group, run)
     if failure is not None:
         raise failure
     return None
@@ -126,13 +130,13 @@ def _follow(
             seen = status
             on_progress(status)
         if ended:
-            return first_failure(run, ranks)
+            return _cause(group, run, ranks)
         if time.monotonic() - census > CENSUS_SECONDS:
             group.refresh()
             census = time.monotonic()
         if first_failure(run, ranks) is not None:
             _wait(group.process, AFTERMATH_SECONDS)  # so that an earlier cause on another rank is on disk too
-            return first_failure(run, ranks)
+            return _cause(group, run, ranks)
         stalled = _stalled(run, ranks, started, stall_seconds)
         if stalled is not None:
             for member in group.ranks():
@@ -151,29 +155,52 @@ def first_failure(run: RunDir, ranks: int) -> VlarlError | None:
     _, rank, row = min(found, key=lambda item: item[:2])
     if row["kind"] == "user":
         return VlarlError(row["message"], row["hint"])
-    return WorkerError(f"Rank {rank} failed in phase {row['phase']!r}: {row['message']}", f"{row['hint']} Log: {run.log(rank)}".strip())
+    return WorkerError(
+        f"{_named(run, rank)} failed in phase {row['phase']!r}: {row['message']}", f"{row['hint']} Log: {run.log(rank)}".strip()
+    )
 
 
-def _silent_death(run: RunDir, returncode: int) -> VlarlError:
+def _cause(group: _Group, run: RunDir, ranks: int) -> VlarlError | None:
+    """Why the ranks ended, if one of them said so. One that the system killed says nothing, and the others only that they lost it."""
+    told = first_failure(run, ranks)
+    if not isinstance(told, WorkerError):
+        return told
+    killed = [(rank, code) for rank, code in _exit_codes(group, run) if code in KILLED]
+    return _death(run, *killed[0], f"{told.message} ") if killed else told
+
+
+def _silent_death(group: _Group, run: RunDir) -> VlarlError:
     """A rank that died without a word: torchrun's report names it, unless a full disk took the words away."""
     if shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
         return MachineError(f"The disk of {run.path} is full.", "Free some space, then go on from the last checkpoint with --resume.")
-    text = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
-    report = text[text.rfind("Root Cause") :] if "Root Cause" in text else ""
-    rank = re.search(r"rank\s*:\s*(\d+)", report)
-    code = re.search(r"exitcode\s*:\s*(-?\d+)", report)
-    if rank is None or code is None:
-        return WorkerError(f"torchrun ended with exit code {returncode} before any rank reported.", f"Log: {run.torchrun_log}")
-    number, value = int(rank.group(1)), int(code.group(1))
-    beat = read_json(run.heartbeat(number))
+    codes = _exit_codes(group, run)
+    if not codes:
+        code = group.process.returncode
+        return WorkerError(f"torchrun ended with exit code {code} before any rank reported.", f"Log: {run.torchrun_log}")
+    return _death(run, *next((row for row in codes if row[1] in KILLED), codes[0]), "")
+
+
+def _exit_codes(group: _Group, run: RunDir) -> list[tuple[int, int]]:
+    """(rank, exit code; -n for signal n) of the ranks that torchrun reports as failed, the first one first."""
+    if not run.torchrun_log.exists():
+        return []
+    text = run.torchrun_log.read_bytes()[group.log_start :].decode(errors="replace")
+    rows = [(int(rank), int(code)) for rank, code in re.findall(r"rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+)", text)]
+    first = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", text, re.DOTALL)
+    return sorted(rows, key=lambda row: first is None or row[0] != int(first.group(1)))
+
+
+def _death(run: RunDir, rank: int, code: int, others: str) -> WorkerError:
+    """others: what its peers say of it."""
+    beat = read_json(run.heartbeat(rank))
     phase = repr(beat["phase"]) if isinstance(beat, dict) else "the start"
-    if value == -signal.SIGKILL:
+    if code == -signal.SIGKILL:
         cause = "was killed (SIGKILL); the system does that when memory runs out"
-    elif value < 0:
-        cause = f"was ended by {signal.Signals(-value).name}"
+    elif code < 0:
+        cause = f"was ended by {signal.Signals(-code).name}"
     else:
-        cause = f"ended with exit code {value}"
-    return WorkerError(f"Rank {number} {cause}, in phase {phase}.", f"Logs: {run.log(number)}, {run.torchrun_log}")
+        cause = f"ended with exit code {code}"
+    return WorkerError(f"{_named(run, rank)} {cause}, in phase {phase}.", f"{others}Logs: {run.log(rank)}, {run.torchrun_log}")
 
 
 def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
@@ -191,9 +218,28 @@ def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> W
         return None
     seconds, limit, rank, phase = max(late)
     message = (
-        f"Rank {rank} has reported nothing for {seconds:.0f} s (the limit is {limit:g} s: stall_seconds); its last phase was {phase!r}."
+        f"{_named(run, rank)} has reported nothing for {seconds:.0f} s (the limit is {limit:g} s: stall_seconds); "
+        f"its last phase was {phase!r}."
     )
-    return WorkerError(message, f"Its threads' stacks are at the end of {run.log(rank)}.")
+    return WorkerError(message, f"{_elsewhere(run, ranks, rank)}Its threads' stacks are at the end of {run.log(rank)}.")
+
+
+def _elsewhere(run: RunDir, ranks: int, stalled: int) -> str:
+    """What the other ranks are doing meanwhile: `The others: 'rollout/wait' on rank 0 (env). `"""
+    phases: dict[str, list[str]] = {}
+    for rank in (r for r in range(ranks) if r != stalled):
+        beat = read_json(run.heartbeat(rank))
+        if isinstance(beat, dict):
+            phases.setdefault(beat["phase"], []).append(_named(run, rank).lower())
+    texts = [f"{phase!r} on {', '.join(names[:SHOWN_RANKS])}{', ...' * (len(names) > SHOWN_RANKS)}" for phase, names in phases.items()]
+    return f"The others: {'; '.join(texts)}. " if texts else ""
+
+
+def _named(run: RunDir, rank: int) -> str:
+    """`Rank 2`; with its roles, `Rank 2 (env, learner)`, where ranks differ in them."""
+    plan = read_json(run.plan)
+    roles = [row["roles"] for row in plan["ranks"]] if isinstance(plan, dict) else []
+    return f"Rank {rank} ({', '.join(roles[rank])})" if any(r != roles[0] for r in roles) else f"Rank {rank}"
 
 
 @contextmanager

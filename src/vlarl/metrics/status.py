@@ -7,12 +7,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 STATUS_FILE = "status.json"
 HEARTBEAT_FOLDER = "heartbeat"
 BEAT_SECONDS = 0.5
+WAITING_SECONDS = 1.0
 PHASE_CHARACTERS = 60
 RECORD_BYTES = 128
 
@@ -62,6 +66,32 @@ class Heartbeat:
         self._written = time.monotonic()
         _replace(path, self._record())
         self._file = path.open("r+b", buffering=0)
+        self._waits_in: str | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def waiting(self, phase: str) -> Iterator[None]:
+        """Go on beating while this rank only waits for others: those are watched themselves, and the one that hangs is the one to name.
+        The wait needs a deadline of its own."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._go_on, name="heartbeat", daemon=True)
+            self._thread.start()
+        self.beat(phase)
+        with self._lock:
+            self._waits_in = phase
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waits_in = None
+
+    def _go_on(self) -> None:
+        while True:
+            time.sleep(WAITING_SECONDS)
+            with self._lock:
+                if self._waits_in is not None:
+                    self.beat(self._waits_in)
 
     def beat(self, phase: str) -> None:
         """Says: alive, and in `phase` (a word such as rollout/act, update, eval)."""

@@ -44,7 +44,7 @@ def compile_plan(
     recipe, reason = _with_mode(recipe, cluster, policy, env, job, profile)
     ranks = rank_count(recipe, cluster)
     roles, clashes = assign(recipe.placement, ranks, cluster.nodes)
-    clashes += _cluster_clashes(recipe, cluster, ranks) + _fit_clashes(recipe, policy, env)
+    clashes += _cluster_clashes(recipe, cluster, ranks) + _fit_clashes(recipe, policy, env, job)
     if roles is not None:
         if job != "eval":
             clashes += _batch_clashes(recipe, roles, -(-env.horizon // policy.chunk))
@@ -186,11 +186,14 @@ def _slot_clashes(recipe: Recipe, roles: Roles, job: Job) -> list[Clash]:
     return found
 
 
-def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> list[Clash]:
+def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec, job: Job) -> list[Clash]:
     """Policy against simulator."""
     checkpoint, found = recipe.policy.checkpoint, []
-    if policy.kind != recipe.policy.kind:
+    if recipe.policy.kind not in (None, policy.kind):
         found.append(Clash("policy.kind", f"{checkpoint} holds a policy of kind {policy.kind}. Set policy.kind to {policy.kind}."))
+    if policy.head == "l1" and job != "eval":
+        rule = "its L1 head gives actions without probabilities, so it can be evaluated, not trained. Use a checkpoint with action tokens."
+        found.append(Clash("policy.checkpoint", rule))
     if policy.action_dim != env.action_dim:
         rule = (
             f"it emits {policy.action_dim} numbers per action and {env.name} takes {env.action_dim}. Use a policy trained for {env.name}."
@@ -226,9 +229,10 @@ def _batch_clashes(recipe: Recipe, roles: Roles, chunks_per_episode: int) -> lis
             f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}."
         )
         found.append(Clash("update.minibatches", rule, ("env.parallel",)))
+    everyone = len({*roles.env, *roles.rollout, *roles.learner})
     for phase in recipe.warmstart:
-        if phase.batch % ranks:
-            rule = f"a phase's batch of {phase.batch} does not split over {ranks} ranks. Use {multiples_near(phase.batch, ranks)}."
+        if phase.batch % everyone:  # ranks of all roles clone
+            rule = f"a phase's batch of {phase.batch} does not split over {everyone} ranks. Use {multiples_near(phase.batch, everyone)}."
             found.append(Clash("warmstart", rule, ("ranks",)))
     return found
 

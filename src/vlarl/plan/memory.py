@@ -150,9 +150,9 @@ def trainable_parameters(recipe: Recipe, policy: PolicySpec) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, policy: PolicySpec, dtype: str) -> int:
-    """Disk for the checkpoints that are kept, one more while it is written, and the policy folder inside each."""
+    """Disk for the checkpoints that are kept and one more while it is written: policy folder, trained weights and their moments."""
     master = max(4, BYTES[dtype])
-    one = policy.parameters * master * 2 + trainable_parameters(recipe, policy) * master * 2
+    one = policy.parameters * master + trainable_parameters(recipe, policy) * master * 3
     return one * (recipe.checkpoint.keep + 2)
 
 
@@ -173,9 +173,10 @@ def _activation_bytes(recipe: Recipe, policy: PolicySpec, samples: int, compute:
 
 
 def _acting_bytes(policy: PolicySpec, slots: int, compute: int) -> float:
-    """Without gradients one layer's activations live at a time."""
+    """Without gradients one layer's activations live at a time; of a decoder with a cache, keys and values of all layers."""
+    cache = slots * policy.sequence_length * 2 * policy.hidden_size * policy.layers * compute if policy.kv_cache else 0
     one_layer = slots * policy.sequence_length * policy.hidden_size * compute * ACTIVATION_BYTES
-    return one_layer + slots * policy.chunk * policy.action_dim * BINS * max(4, compute) * 3
+    return one_layer + cache + slots * policy.chunk * policy.action_dim * BINS * max(4, compute) * 3
 
 
 def _buffer_bytes(policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, slots: int) -> int:

@@ -115,6 +115,14 @@ class PlacementPlan:
     residency: Residency = Residency()
 
 
+def layout(plan: PlacementPlan) -> str:
+    """Who simulates, acts and learns, in words; the same for two plans only if each rank of one can take the place of the other's."""
+    names: tuple[Role, ...] = ("env", "rollout", "learner")
+    roles = "; ".join(f"{name} {','.join(str(r.rank) for r in plan.ranks if name in r.roles)}" for name in names)
+    stages = f"{plan.rollout.stages} stage" + "s" * (plan.rollout.stages > 1)
+    return f"{plan.mode} on {len(plan.ranks)} rank{'s' * (len(plan.ranks) > 1)} ({roles}), {plan.rollout.parallel} slots in {stages}"
+
+
 @dataclass(frozen=True)
 class StagePart:
     """Consecutive global slots [start, end) of one stage that env_rank simulates and rollout_rank acts for."""

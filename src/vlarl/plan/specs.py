@@ -6,7 +6,8 @@ from vlarl.envs.libero import spec as libero
 from vlarl.envs.maniskill import spec as maniskill
 from vlarl.envs.spec import EnvSpec
 from vlarl.envs.tabletop import spec as tabletop
-from vlarl.policies.layout import read_policy_spec
+from vlarl.policies.adapter import stored_weights
+from vlarl.policies.layout import read_policy_spec, resolve_folder, stated_settings
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.schema import Env, Recipe
 
@@ -20,5 +21,12 @@ def simulator_spec(env: Env) -> EnvSpec:
 
 
 def policy_spec(recipe: Recipe) -> PolicySpec:
-    """What the recipe's policy expects and emits. Raises CheckpointError where its folder is missing or damaged."""
-    return read_policy_spec(recipe.policy.checkpoint, recipe.policy.unnorm_key)
+    """What the recipe's policy expects and emits, from its JSON files. Raises CheckpointError where its folder is missing or damaged."""
+    policy = recipe.policy
+    return read_policy_spec(policy.checkpoint, policy.unnorm_key, stated_settings(policy))
+
+
+def check_weights(recipe: Recipe) -> None:
+    """CheckpointError where a weight file of the recipe's policy, or of its adapter, is missing, damaged or cut short; headers are read."""
+    if not resolve_folder(recipe.policy.checkpoint)[1]:
+        stored_weights(recipe.policy.checkpoint, recipe.policy.adapter)

@@ -1,4 +1,4 @@
-"""Owns the action codec: bins <-> normalised values <-> environment units. OpenVLA's 256-bin scheme.
+"""Owns the action codec: bins <-> normalised values <-> environment units, OpenVLA's 256-bin scheme; and the state's normalising.
 
 A bin is what the policy stores and scores: bin = token id - id of the first action token, 0..255. The order is reversed: high bins
 are low values. 256 edges lie on [-1, 1], so there are 255 centres; bins 0 and 1 share the highest one.
@@ -40,17 +40,27 @@ def encode_bins(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ActionCodec:
-    """Bins <-> actions in environment units. low_A, high_A float64: range of the data; scaled_A bool: False = left as it is, in [-1, 1]."""
+    """Bins <-> actions in environment units, and states -> what a policy reads.
+
+    low_A, high_A float64: range of the data; scaled_A bool: False = left as it is, in [-1, 1]. state_low_D, state_high_D float64: range
+    of the state, None where the statistics have none.
+    """
 
     low_A: Tensor
     high_A: Tensor
     scaled_A: Tensor
     values_M: Tensor
     epsilon: float
+    state_low_D: Tensor | None
+    state_high_D: Tensor | None
 
     def decode(self, token_BN: Tensor) -> Tensor:
-        """Bins (B,N) -> float32 (B,K,A): 0.5 * (v + 1) * (high - low [+ 1e-8]) + low."""
-        value_BKA = self.values_M[token_BN].unflatten(1, (-1, len(self.low_A)))
+        """Bins (B,N) -> float32 (B,K,A), environment units."""
+        return self.unnormalize(self.values_M[token_BN].unflatten(1, (-1, len(self.low_A))))
+
+    def unnormalize(self, value_BKA: Tensor) -> Tensor:
+        """Values in [-1, 1] -> float32 (B,K,A), environment units: 0.5 * (v + 1) * (high - low [+ 1e-8]) + low."""
+        value_BKA = value_BKA.double()
         scaled = 0.5 * (value_BKA + 1) * (self.high_A - self.low_A + self.epsilon) + self.low_A
         return torch.where(self.scaled_A, scaled, value_BKA).float()
 
@@ -59,6 +69,12 @@ class ActionCodec:
         action = action_BKA.double()
         normalised = 2 * (action - self.low_A) / (self.high_A - self.low_A + EPSILON) - 1
         return encode_bins(torch.where(self.scaled_A, normalised, action)).flatten(1)
+
+    def normalize_state(self, state_BD: Tensor) -> Tensor:
+        """States (B,D) -> float64 (B,D): clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)."""
+        assert self.state_low_D is not None and self.state_high_D is not None, "the statistics of this policy have no state"
+        scaled = 2 * (state_BD.double() - self.state_low_D) / (self.state_high_D - self.state_low_D + EPSILON) - 1
+        return scaled.clamp(-1, 1)
 
 
 def build_codec(
@@ -74,10 +90,17 @@ def build_codec(
             "Choose another policy.unnorm_key.",
         )
     mask = action["mask"] if "mask" in action else [True] * action_dim
+    state = statistics[key].get("proprio")
+
+    def numbers(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
     return ActionCodec(
-        torch.tensor(low, dtype=torch.float64, device=device),
-        torch.tensor(high, dtype=torch.float64, device=device),
+        numbers(low),
+        numbers(high),
         torch.tensor(mask, dtype=torch.bool, device=device),
         bin_values(device),
         EPSILON if epsilon else 0.0,
+        numbers(state[low_name]) if state else None,
+        numbers(state[high_name]) if state else None,
     )

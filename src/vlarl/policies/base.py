@@ -1,23 +1,33 @@
 """Owns VLAPolicy, what rollout and learner call, and the table of policy families.
 
-Legend: B batch, K actions per chunk, A numbers per action, N = K*A tokens, J values, L prompt tokens, P patches, F features.
+Legend: B batch, K actions per chunk, A numbers per action, N = K*A tokens, M bins, J values, L prompt tokens, P patches, F features.
 """
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vlarl.policies.actions import ActionCodec
+from vlarl.policies.actions import ActionCodec, encode_bins
 from vlarl.policies.layout import OpenVLAConfig
-from vlarl.policies.sampling import entropy, log_distribution, sample, token_logprob
+from vlarl.policies.sampling import Draw, entropy, log_distribution, token_logprob
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.tokenizer import Prompt, PromptTable
 from vlarl.types import ActionChunk, Observation
 
-POLICIES = {"openvla-oft": "vlarl.policies.openvla_oft:OpenVLAOFT"}
+# Factories (config, value outputs) -> PolicyModule.
+POLICIES = {
+    "openvla": "vlarl.policies.openvla:build_openvla",
+    "openvla-oft": "vlarl.policies.openvla_oft:build_openvla_oft",
+}
+
+# Given the logits of the next tokens (B, n, M), their bins (B, n): how a module that decodes step by step learns what was chosen.
+Choose = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,23 +39,43 @@ class Scores:
     value_BJ: Tensor
 
 
-class PolicyModule(nn.Module):
-    """A family's module. forward(image or features, input_ids_BL, mask_BL) -> logits (B, N, 256), values (B, J)."""
+class PolicyModule(nn.Module, ABC):
+    """A family's module: the part of a policy that is sharded, trained and saved."""
 
+    value_head: nn.Module
+
+    @abstractmethod
+    def forward(
+        self,
+        image: Tensor,
+        input_ids_BL: Tensor,
+        mask_BL: Tensor | None = None,
+        state_BD: Tensor | None = None,
+        token: Tensor | Choose | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, M) and values (B, J), float32 (float64 for a float64 model).
+
+        image: uint8 frames (B, V, H, W, 3), or tower features (B, P, F) from `encode_image`. input_ids_BL int64: BOS first; pads, if
+        any, between BOS and text. mask_BL bool, False at pads; None: nothing is padded. state_BD: normalised, where the policy reads
+        one. token: bins (B, N) to be scored, or a Choose that is asked as logits come, in order and for every token; None will do for a
+        family whose tokens do not depend on each other.
+        """
+
+    @abstractmethod
     def encode_image(self, image_BVHWC: Tensor) -> Tensor:
-        """uint8 frames -> tower features (B, P, F), which `forward` takes in the frames' place."""
-        raise NotImplementedError
+        """uint8 frames -> tower features (B, P, F), views one after another: what may be cached while the towers are frozen."""
 
+    @abstractmethod
     def fsdp_units(self) -> list[nn.Module]:
         """The repeated blocks, for sharding and activation checkpointing."""
-        raise NotImplementedError
 
 
 class VLAPolicy:
-    """A module with its tokenizer and action codec. `act` and `evaluate` run the same forward pass.
+    """A module with its tokenizer and action codec. `act` and `evaluate` run the same forward code.
 
     module: what is sharded and trained. policy_version: optimiser updates behind its weights; the learner counts it up.
     folder: where the tokenizer and processor files lie. lora_scale: alpha / rank of its adapters (1: none).
+    adapter_base: folder or bundled name whose stored weights its adapters change; empty where they lie nowhere as they were loaded.
     """
 
     def __init__(
@@ -58,6 +88,7 @@ class VLAPolicy:
         device: torch.device,
         folder: Path,
         lora_scale: float,
+        adapter_base: str,
     ) -> None:
         self.module = module
         self.config = config
@@ -66,6 +97,7 @@ class VLAPolicy:
         self.device = device
         self.folder = folder
         self.lora_scale = lora_scale
+        self.adapter_base = adapter_base
         self.policy_version = 0
         self._prompts = prompts
 
@@ -77,29 +109,39 @@ class VLAPolicy:
     def act(self, obs: Observation, noise_BN: Tensor | None, temperature: float, top_k: int) -> ActionChunk:
         """Sample (noise uniform in [0, 1), one number per token) or, with noise None, take the likeliest bins.
 
-        Log-probs are of the distribution sampled from; greedy ones are under temperature 1 without top-k.
+        Log-probs are of the distribution sampled from; greedy ones are under temperature 1 without top-k. An L1 head gives actions
+        without probabilities: noise is ignored, tokens are the nearest bins, log-probs are 0.
         """
-        logits_BNM, value_BJ = self._forward(obs, None)
-        if noise_BN is None:
-            token_BN = logits_BNM.argmax(-1)
-            logp_BNM = log_distribution(logits_BNM, 1.0, 0)
-        else:
-            logp_BNM = log_distribution(logits_BNM, temperature, top_k)
-            token_BN = sample(logp_BNM, noise_BN.to(self.device))
-        return ActionChunk(self.codec.decode(token_BN), token_BN, token_logprob(logp_BNM, token_BN), value_BJ, self.policy_version)
+        if self.config.head == "l1":
+            action_BKA, value_BJ = self._forward(obs, None, None)
+            token_BN = encode_bins(action_BKA).flatten(1)
+            certain_BN = action_BKA.new_zeros(token_BN.shape)
+            return ActionChunk(self.codec.unnormalize(action_BKA), token_BN, certain_BN, value_BJ, self.policy_version)
+        draw = Draw(None if noise_BN is None else noise_BN.to(self.device), temperature, top_k)
+        _, value_BJ = self._forward(obs, None, draw)
+        token_BN, logprob_BN = draw.result()
+        return ActionChunk(self.codec.decode(token_BN), token_BN, logprob_BN, value_BJ, self.policy_version)
 
     def evaluate(self, obs: Observation, token_BN: Tensor, temperature: float, top_k: int, feature_BPF: Tensor | None = None) -> Scores:
-        """Score stored tokens, with gradient. feature_BPF: cached output of `module.encode_image`, where the towers are frozen."""
-        logits_BNM, value_BJ = self._forward(obs, feature_BPF)
+        """Score stored tokens, with gradient. feature_BPF: cached output of `module.encode_image`, where the towers are frozen.
+
+        An L1 head scores by the Laplace distribution (scale 1) that its loss stands for.
+        """
+        token_BN = token_BN.to(self.device)
+        logits_BNM, value_BJ = self._forward(obs, feature_BPF, token_BN)
+        if self.config.head == "l1":
+            logprob_BN = -(logits_BNM.flatten(1) - self.codec.values_M[token_BN]).abs() - math.log(2)
+            return Scores(logprob_BN.to(value_BJ.dtype), torch.full_like(value_BJ[:, :1], 1 + math.log(2)).expand_as(token_BN), value_BJ)
         logp_BNM = log_distribution(logits_BNM, temperature, top_k)
-        return Scores(token_logprob(logp_BNM, token_BN.to(self.device)), entropy(logp_BNM), value_BJ)
+        return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_BJ)
 
-    def logits(self, obs: Observation) -> Tensor:
-        """Unnormalised log-probabilities of the bins, float32 (B, N, 256), with gradient; for cloning."""
-        return self._forward(obs, None)[0]
+    def logits(self, obs: Observation, token_BN: Tensor) -> Tensor:
+        """Unnormalised log-probabilities of the bins, float32 (B, N, M), each given the tokens before it, with gradient; for cloning."""
+        return self._forward(obs, None, token_BN.to(self.device))[0]
 
-    def _forward(self, obs: Observation, feature_BPF: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward(self, obs: Observation, feature_BPF: Tensor | None, token: Tensor | Choose | None) -> tuple[Tensor, Tensor]:
         prompt = self.prompts(obs.instruction)
         image = obs.image_BVHWC if feature_BPF is None else feature_BPF
-        logits_BNM, value_BJ = self.module(image.to(self.device), prompt.ids_BL, prompt.mask_BL)
+        state = self.codec.normalize_state(obs.state_BD.to(self.device)) if self.config.proprio_dim else None
+        logits_BNM, value_BJ = self.module(image.to(self.device), prompt.ids_BL, prompt.mask_BL, state, token)
         return logits_BNM, value_BJ

@@ -4,39 +4,39 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlarl.errors import CheckpointError
 from vlarl.policies.actions import build_codec
+from vlarl.policies.adapter import stored_weights
 from vlarl.policies.base import POLICIES, PolicyModule, VLAPolicy
 from vlarl.policies.layout import (
     EXTRAS,
     OpenVLAConfig,
     choose_unnorm_key,
     read_config,
-    read_json,
     read_statistics,
     resolve_folder,
     spec_from,
 )
-from vlarl.policies.lora import freeze_parts, inject_lora, merged
+from vlarl.policies.lora import adapter_state, freeze_parts, inject_lora, merged
 from vlarl.policies.openvla import ValueHead
 from vlarl.policies.tokenizer import PromptTable, load_tokenizer
 from vlarl.policies.vision import VisionTower
+from vlarl.policies.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD, VALUE_HEAD_FILE, WEIGHTS
+from vlarl.policies.weights import WHOLE, Place, check_fit, fill, materialize, side_tensors
+from vlarl.recipe.schema import Lora
 
-if TYPE_CHECKING:
-    from vlarl.recipe.schema import Lora
-
-WEIGHTS, INDEX, HEAD = "model.safetensors", "model.safetensors.index.json", "value_head."
+LORA_FOLDER = "lora_adapter"  # as the OFT authors name it: the adapters by themselves, beside the merged weights
 COMPANIONS = (
     "dataset_statistics.json",
     "preprocessor_config.json",
@@ -46,6 +46,9 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "configuration_prismatic.py",  # never run here; other evaluators look for them
+    "modeling_prismatic.py",
+    "processing_prismatic.py",
 )
 
 
@@ -58,28 +61,55 @@ def load_policy(
     lora: Lora | None = None,
     freeze: Sequence[str] = (),
     seed: int = 0,
+    adapter: str | None = None,
+    apart: bool = False,
+    place: Place = WHOLE,
+    stated: Mapping[str, Any] | None = None,
 ) -> VLAPolicy:
     """A policy ready to act: a folder, `bundled:NAME`, or `scratch:NAME` (random weights drawn from `seed`, the same for every dtype).
 
     value: one value per chunk or per action; None: as stored, else per chunk. A folder without value head gets a fresh one.
+    adapter: folder of a PEFT adapter (or that of `source`, where it is an adapter by itself), merged into the weights, or kept `apart` as
+    it was trained. place: how the module is spread over ranks; each reads its own rows only.
+    stated: what its files do not say, see `read_config`.
     CheckpointError: missing or truncated file, wrong key or shape, no or several action statistics.
     """
     folder, scratch = resolve_folder(source)
     device = torch.device(device)
-    config = read_config(folder)
+    config = read_config(folder, stated)
     statistics = read_statistics(folder, config.raw)
     key = choose_unnorm_key(statistics, unnorm_key, str(folder))
     prompts = PromptTable(load_tokenizer(folder), config.bos_id, config.pad_id, config.blank_id, device)
     codec = build_codec(statistics, key, config.normalization, config.epsilon, config.action_dim, device)
     outputs = {"chunk": 1, "action": config.chunk, None: config.value_outputs or 1}[value]
+    if scratch and adapter is not None:
+        raise CheckpointError(f"policy.adapter = {adapter}: {source} has random weights.", "Name the adapter's base in policy.checkpoint.")
+    merged_at_load = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = initialize_module(config, outputs, dtype) if scratch else load_module(folder, config, outputs, dtype)
-        freeze_parts(module, freeze)
-        if lora is not None:
-            inject_lora(module, lora, freeze)
+        if scratch:
+            module = initialize_module(config, outputs, dtype)
+            make_trainable(module, lora, freeze, dtype)
+            place.spread(module.to(device))
+        else:
+            stored, model_folder, found = stored_weights(source, adapter)
+            if apart and found is not None:
+                # PEFT's alpha may be a fraction, and its scale alpha / sqrt(rank).
+                lora = Lora(rank=found.rank, alpha=found.scale * found.rank, targets=tuple(found.layers))  # type: ignore[arg-type]
+            merged_at_load = found is not None
+            module = empty_module(config, outputs, dtype)
+            stored |= side_tensors(model_folder, module)
+            expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            check_fit(folder, stored, found, expected)
+            lacking = not any(name.startswith(VALUE_HEAD) for name in stored)
+            head = ValueHead(expected[f"{VALUE_HEAD}mlp.0.weight"][1], outputs) if lacking else None
+            make_trainable(module, lora, freeze, dtype)
+            place.spread(module)
+            materialize(module, device)
+            fill(module, stored, found, apart, head, place)
     scale = lora.alpha / lora.rank if lora is not None else 1.0
-    return VLAPolicy(module.to(device).eval(), config, spec_from(config, key), prompts, codec, device, folder, scale)
+    base = "" if scratch or merged_at_load else source if source.startswith("bundled:") else str(folder.absolute())
+    return VLAPolicy(module.eval(), config, spec_from(config, key), prompts, codec, device, folder, scale, base)
 
 
 def build_module(config: OpenVLAConfig, value_outputs: int) -> PolicyModule:
@@ -96,77 +126,74 @@ def initialize_module(config: OpenVLAConfig, value_outputs: int, dtype: torch.dt
     module = build_module(config, value_outputs)
     for tower in (m for m in module.modules() if isinstance(m, VisionTower)):
         tower.initialize()
-    for parameter in module.parameters():  # buffers (rotary frequencies, pixel means) keep their precision
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(module, dtype)
     return module
 
 
-def load_module(folder: Path, config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> PolicyModule:
-    """Weights of a policy folder, one file or shards, cast while reading. `value_head.*` may be absent: then it starts afresh."""
+def empty_module(config: OpenVLAConfig, value_outputs: int, dtype: torch.dtype) -> PolicyModule:
+    """The family's module without memory for its parameters (on the meta device); buffers are real."""
     with init_empty_weights(include_buffers=False):
         module = build_module(config, value_outputs)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, tensor in read_tensors(folder):
-        if name not in expected:
-            wrong.append(f"unexpected {name}")
-        elif tuple(tensor.shape) != expected[name]:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {expected[name]}")
-        else:
-            # A copy: views into the mapped file lie on odd addresses, where other kernels round differently.
-            state[name] = tensor.to(dtype, copy=True)
-    stored_head = any(name.startswith(HEAD) for name in state)
-    wrong += [f"missing {name}" for name in expected if name not in state and (stored_head or not name.startswith(HEAD))]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        hint = "Set policy.value as the checkpoint's value head has it." if HEAD in wrong[0] else "Its config.json describes another model."
-        raise CheckpointError(f"{folder}: the weights do not fit the configuration: {'; '.join(wrong[:5])}{more}.", hint)
-    if not stored_head:
-        module.value_head = ValueHead(expected[f"{HEAD}mlp.0.weight"][1], value_outputs).to(dtype)
-        state.update({HEAD + name: tensor for name, tensor in module.value_head.state_dict().items()})
-    grads = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    module.load_state_dict(state, strict=True, assign=True)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in grads)
+    cast_parameters(module, dtype)
     return module
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of model.safetensors or of the shards that the index names, one at a time."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the policy folder lacks this file.", "Download or copy the checkpoint again.")
-        try:
-            with safe_open(path, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}.", "The file may have been cut short; copy it again.") from error
+def make_trainable(module: PolicyModule, lora: Lora | None, freeze: Sequence[str], dtype: torch.dtype) -> None:
+    """Freeze parts, and put adapters in where `lora` asks for them, of the weights' dtype."""
+    freeze_parts(module, freeze)
+    if lora is not None:
+        inject_lora(module, lora, freeze)
+        cast_parameters(module, dtype)
+
+
+def cast_parameters(module: PolicyModule, dtype: torch.dtype) -> None:
+    """Parameters only: buffers (rotary frequencies, pixel means) keep their precision."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def save_policy(folder: Path, policy: VLAPolicy, state: dict[str, Tensor]) -> None:
     """Write a policy folder: config.json, model.safetensors and the base policy's tokenizer and processor files.
 
-    state: full (unsharded) state dict of `policy.module`; adapters are merged into the weights they belong to.
+    state: full (unsharded) state dict of `policy.module`; adapters are merged into the weights they belong to, and kept by themselves in
+    lora_adapter/ (PEFT's layout, itself a policy folder that names its base) where their base model is a folder of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in merged(state, policy.lora_scale).items()}
-    outputs = plain[f"{HEAD}mlp.4.weight"].shape[0]
+    outputs = plain[f"{VALUE_HEAD}mlp.4.weight"].shape[0]
     extras = {name: getattr(policy.config, name) for name in EXTRAS} | {"value_outputs": outputs}
     dtype = str(next(iter(plain.values())).dtype).removeprefix("torch.")
     raw = policy.config.raw | {"torch_dtype": dtype, "vlarl": extras}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    _write_settings(folder, policy.folder, raw)
+    _save_tensors(folder / WEIGHTS, plain)
+    factors, config = adapter_state(state, policy.lora_scale, policy.adapter_base)
+    if factors and policy.adapter_base:
+        beside = folder / LORA_FOLDER
+        beside.mkdir(exist_ok=True)
+        _write_settings(beside, policy.folder, raw)
+        write_json(beside / ADAPTER_CONFIG, config)
+        _save_tensors(beside / ADAPTER_WEIGHTS, factors)
+        _save_tensors(beside / VALUE_HEAD_FILE, {name: tensor for name, tensor in plain.items() if name.startswith(VALUE_HEAD)})
+
+
+def _write_settings(folder: Path, source: Path, raw: dict[str, Any]) -> None:
+    write_json(folder / "config.json", raw)
     for name in COMPANIONS:
-        if (policy.folder / name).is_file():
-            shutil.copyfile(policy.folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file of a policy folder."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, readable by whom the umask allows."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps the system's errors; callers look for a full disk
-        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error), str(folder / WEIGHTS)) from error
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)
+        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error), str(path)) from error
+    path.chmod(mode)

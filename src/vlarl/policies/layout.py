@@ -2,21 +2,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vlarl.errors import CheckpointError
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.towers import tower_shape
+from vlarl.policies.weight_files import INDEX, WEIGHTS, read_weights
+
+if TYPE_CHECKING:
+    from vlarl.recipe.schema import Policy
 
 Normalization = Literal["quantiles", "bounds"]
+Resize = Literal["pil", "tensor", "lanczos"]
+ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 PROMPT_TOKENS = 24  # of a usual prompt with Llama's tokenizer, for estimates only
 LLAMA_BLANK = 29871  # the lone "▁" of Llama's vocabulary
 # LlamaConfig's own defaults: published config.json files name four fields only.
 LLAMA_DEFAULTS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
-EXTRAS = ("kind", "chunk", "action_dim", "views", "proprio_dim", "stop_token", "normalization", "epsilon", "blank_id", "value_outputs")
+NEEDED = ("timm_model_ids", "image_sizes", "image_resize_strategy", "text_config", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
+EXTRAS = (
+    *("kind", "chunk", "action_dim", "views", "proprio_dim", "stop_token", "normalization", "epsilon", "blank_id", "value_outputs"),
+    *("resize", "crop", "head"),
+)
+FORMER = {"resize": "pil", "crop": False, "head": "tokens"}  # what folders mean that were written before these settings existed
+STATED = ("chunk", "views", "stop_token", "normalization", "resize", "crop")  # a recipe's `policy` may state these; null: as the files say
+SIDE_FILE = "{}--*_checkpoint.pt"
+REFUSED = {"noisy_action_projector": "a diffusion head", "vision_backbone": "FiLM-conditioned towers"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,8 @@ class OpenVLAConfig:
     tower_ids, image_sizes: one or two (DINOv2, SigLIP). text: LlamaConfig fields, as written. chunk (K), action_dim (A), views,
     proprio_dim: as in PolicySpec. stop_token: whether the sequence ends with the stop token. normalization: actions scaled by q01/q99
     or min/max; epsilon: whether un-normalising adds 1e-8 to the range. blank_id: token that ends every prompt. value_outputs: of the
-    stored value head, 0 where there is none. raw: the file as it is, for saving.
+    stored value head, 0 where there is none. resize, crop: of frames, see pixels.py. head: tokens, or l1 (regression, from a side file).
+    raw: the file as it is, for saving.
     """
 
     kind: str
@@ -47,7 +63,14 @@ class OpenVLAConfig:
     epsilon: bool
     blank_id: int
     value_outputs: int
+    resize: Resize
+    crop: bool
+    head: Literal["tokens", "l1"]
     raw: dict[str, Any]
+
+    @property
+    def resize_strategy(self) -> ResizeStrategy:
+        return cast("ResizeStrategy", self.raw["image_resize_strategy"])
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +85,7 @@ class OpenVLAConfig:
     def sequence_length(self) -> int:
         """Positions of one forward pass with a usual prompt."""
         patches = tower_shape(self.tower_ids[0]).patches(self.image_sizes[0]) * self.views
-        return patches + PROMPT_TOKENS + self.chunk * self.action_dim + int(self.stop_token)
+        return patches + int(self.proprio_dim > 0) + PROMPT_TOKENS + self.chunk * self.action_dim + int(self.stop_token)
 
     @property
     def parameters(self) -> int:
@@ -79,7 +102,12 @@ class OpenVLAConfig:
             projector = (vision * 4 * vision + 4 * vision) + (4 * vision * hidden + hidden) + (hidden * hidden + hidden)
         else:
             projector = (vision * hidden + hidden) + (hidden * hidden + hidden)
-        return llama + projector + sum(s.parameters(size) for s, size in zip(shapes, self.image_sizes, strict=True))
+        proprio = self.proprio_dim * hidden + hidden + (hidden * hidden + hidden) if self.proprio_dim else 0
+        wide, head = self.action_dim * hidden, 0
+        if self.head == "l1":
+            blocks = 2 * (2 * hidden + hidden * hidden + hidden)
+            head = 2 * wide + (wide * hidden + hidden) + blocks + 2 * hidden + (hidden * self.action_dim + self.action_dim)
+        return llama + projector + proprio + head + sum(s.parameters(size) for s, size in zip(shapes, self.image_sizes, strict=True))
 
 
 def resolve_folder(source: str) -> tuple[Path, bool]:
@@ -139,18 +167,36 @@ def choose_unnorm_key(statistics: dict[str, Any], wanted: str | None, where: str
     raise CheckpointError(f"{where}: policy.unnorm_key = {wanted!r} is not among its action statistics.", f"Known: {known}.")
 
 
-def read_config(folder: Path) -> OpenVLAConfig:
-    """config.json of a policy folder; vlarl's own settings lie under its key "vlarl", published checkpoints get the usual ones."""
+def stated_settings(policy: Policy) -> dict[str, Any]:
+    """What a recipe says about a checkpoint where its files do not (or other than they do), for `read_config`."""
+    return {name: getattr(policy, name) for name in ("kind", *STATED) if getattr(policy, name) is not None}
+
+
+def read_config(folder: Path, stated: Mapping[str, Any] | None = None) -> OpenVLAConfig:
+    """config.json of a policy folder; vlarl's own settings lie under its key "vlarl", published checkpoints get the usual ones.
+
+    stated: settings that take precedence (`stated_settings`), but for the kind where the file itself names it.
+    """
     path = folder / "config.json"
     raw = read_json(path)
-    needed = ("timm_model_ids", "image_sizes", "text_config", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
-    missing = [key for key in needed if key not in raw]
+    missing = [key for key in NEEDED if key not in raw]
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}.", "Is it an OpenVLA checkpoint?")
-    extras = _published_extras(folder, raw) if "vlarl" not in raw else dict(raw["vlarl"])
+    strategy, sizes = raw["image_resize_strategy"], raw["image_sizes"]
+    if strategy not in get_args(ResizeStrategy):
+        known = ", ".join(get_args(ResizeStrategy))
+        raise CheckpointError(f"{path}: image_resize_strategy is {strategy!r}, which is not known.", f"Known: {known}.")
+    if len(set(sizes)) != 1:
+        raise CheckpointError(f"{path}: image_sizes is {sizes}; both towers must take frames of one size.")
+    own = "vlarl" in raw
+    stated = dict(stated or {})
+    extras = FORMER | raw["vlarl"] if own else _published_extras(folder, raw, stated.get("kind"))
     wrong = sorted(set(EXTRAS) ^ set(extras))
     if wrong:
         raise CheckpointError(f'{path}: "vlarl" must hold exactly {", ".join(EXTRAS)}; differs in {", ".join(wrong)}.')
+    extras |= {name: value for name, value in stated.items() if name != "kind"}
+    if extras["kind"] == "openvla" and extras["chunk"] != 1:
+        raise CheckpointError(f"{folder}: OpenVLA decodes one action at a time, not {extras['chunk']}.", "Set policy.chunk to 1.")
     text = dict(raw["text_config"])
     text["vocab_size"] = {**LLAMA_DEFAULTS, **text}["vocab_size"]
     return OpenVLAConfig(
@@ -167,21 +213,43 @@ def read_config(folder: Path) -> OpenVLAConfig:
     )
 
 
-def _published_extras(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """The OFT authors' LIBERO settings (chunk of 8, stop token, quantiles with epsilon); the statistics give the action's length."""
-    statistics = read_statistics(folder, raw)
-    action = next(iter(statistics.values()))["action"]
+def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """The authors' usual settings: of OpenVLA, or of OpenVLA-OFT on LIBERO (chunk of 8, stop token). The statistics give lengths.
+
+    Both families have the same config and weights. OFT alone has side files; only what was never fine-tuned lacks statistics of its own.
+    """
+    for name, what in REFUSED.items():
+        found = next(folder.glob(SIDE_FILE.format(name)), None)
+        if found is not None:
+            raise CheckpointError(f"{found}: a checkpoint with {what} is not supported.", "Use one with action tokens or an L1 head.")
+    entry = next(iter(read_statistics(folder, raw).values()))
+    regression = any(folder.glob(SIDE_FILE.format("action_head")))
+    stored = read_weights(folder) if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() else {}
+    proprio = any(folder.glob(SIDE_FILE.format("proprio_projector"))) or "proprio_projector.fc1.weight" in stored
+    if proprio and "proprio" not in entry:
+        raise CheckpointError(f"{folder}: it reads a state, and its statistics hold none.", "Copy its dataset_statistics.json beside it.")
+    if kind is None and (regression or proprio):
+        kind = "openvla-oft"
+    elif kind is None and not (folder / "dataset_statistics.json").is_file():
+        kind = "openvla"
+    elif kind is None:
+        message = f"{folder}: its files do not tell whether it was trained as OpenVLA or as OpenVLA-OFT."
+        raise CheckpointError(message, "Set policy.kind to openvla or openvla-oft (vlarl eval: --policy kind=openvla-oft).")
+    oft = kind == "openvla-oft"
     return {
-        "kind": "openvla-oft",
-        "chunk": 8,
-        "action_dim": len(action["q01"]),
+        "kind": kind,
+        "chunk": 8 if oft else 1,
+        "action_dim": len(entry["action"]["q01"]),
         "views": 1,
-        "proprio_dim": 0,
-        "stop_token": True,
+        "proprio_dim": len(entry["proprio"]["q01"]) if proprio else 0,
+        "stop_token": oft,
         "normalization": "quantiles",
-        "epsilon": True,
+        "epsilon": oft,
         "blank_id": LLAMA_BLANK,
         "value_outputs": 0,
+        "resize": "pil",
+        "crop": False,
+        "head": "l1" if regression else "tokens",
     }
 
 
@@ -200,11 +268,13 @@ def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
         hidden_size=text["hidden_size"],
         layers=text["num_hidden_layers"],
         sequence_length=config.sequence_length,
+        head=config.head,
+        kv_cache=config.kind == "openvla",
     )
 
 
-def read_policy_spec(source: str, unnorm_key: str | None = None) -> PolicySpec:
+def read_policy_spec(source: str, unnorm_key: str | None = None, stated: Mapping[str, Any] | None = None) -> PolicySpec:
     """PolicySpec of a folder, `bundled:NAME` or `scratch:NAME`, from its JSON files alone. CheckpointError as in `load_policy`."""
     folder, _ = resolve_folder(source)
-    config = read_config(folder)
+    config = read_config(folder, stated)
     return spec_from(config, choose_unnorm_key(read_statistics(folder, config.raw), unnorm_key, str(folder)))

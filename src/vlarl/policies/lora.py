@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from vlarl.errors import CheckpointError
+from vlarl.policies.adapter import PREFIX, config_of
 
 if TYPE_CHECKING:
     from vlarl.recipe.schema import Lora
@@ -49,7 +50,8 @@ def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str]) -> None:
         message = f"policy.lora.targets = {lora.targets}: no trained layer has such a name."
         raise CheckpointError(message, "Use all-linear, or names such as q_proj.")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, init_lora_weights="gaussian")
-    inject_adapter_in_model(config, module)
+    empty = next(module.parameters()).is_meta
+    inject_adapter_in_model(config, module, low_cpu_mem_usage=empty)  # adapters are as empty as the module is
     module.value_head.requires_grad_(True)
 
 
@@ -67,3 +69,15 @@ def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
             tensor = (tensor.to(wide) + scale * update).to(tensor.dtype)
         plain[name.replace(".base_layer.", ".")] = tensor
     return plain
+
+
+def adapter_state(state: dict[str, Tensor], scale: float, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict with adapters -> what PEFT stores of it: the factors under its names, and adapter_config.json. Empty without any."""
+    factors = {
+        PREFIX + name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in state.items() if ".lora_" in name
+    }
+    if not factors:
+        return {}, {}
+    layers = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in factors})
+    rank = factors[f"{PREFIX}{layers[0]}.lora_A.weight"].shape[0]
+    return factors, config_of(base, rank, scale * rank, layers)

@@ -1,4 +1,4 @@
-"""Owns the shipped tiny policy's configuration and tokenizer: `python -m vlarl.policies.make_tiny FOLDER` writes its files (no weights)."""
+"""Owns the shipped tiny policies' configuration and tokenizer: `python -m vlarl.policies.make_tiny FOLDER KIND` writes them, no weights."""
 from __future__ import annotations
 
 import json
@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from vlarl.policies.tokenizer import TEMPLATE
 
-ACTION_DIM, CHUNK, IMAGE_SIZE = 7, 4, 64
+ACTION_DIM, IMAGE_SIZE = 7, 64
+CHUNKS = {"openvla": 1, "openvla-oft": 4}  # actions per chunk, by kind
 VOCAB_SIZE, PAD_MULTIPLE, BINS = 1024, 64, 256
 TEXT_LIMIT = VOCAB_SIZE - PAD_MULTIPLE - BINS  # 704: text ids stay below the action tokens
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<PAD>"
@@ -79,7 +80,7 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def config(tokenizer: Tokenizer) -> dict[str, object]:
+def config(tokenizer: Tokenizer, kind: str) -> dict[str, object]:
     """config.json: OpenVLA's fields at a toy size, vlarl's own under "vlarl"."""
     return {
         "architectures": ["OpenVLAForActionPrediction"],
@@ -113,8 +114,8 @@ def config(tokenizer: Tokenizer) -> dict[str, object]:
         },
         "torch_dtype": "float32",
         "vlarl": {
-            "kind": "openvla-oft",
-            "chunk": CHUNK,
+            "kind": kind,
+            "chunk": CHUNKS[kind],
             "action_dim": ACTION_DIM,
             "views": 1,
             "proprio_dim": 0,
@@ -123,6 +124,9 @@ def config(tokenizer: Tokenizer) -> dict[str, object]:
             "epsilon": True,
             "blank_id": tokenizer.token_to_id(BLANK),
             "value_outputs": 0,
+            "resize": "pil",
+            "crop": False,
+            "head": "tokens",
         },
     }
 
@@ -148,14 +152,14 @@ def preprocessor() -> dict[str, object]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kind: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     files = {
-        "config.json": config(tokenizer),
+        "config.json": config(tokenizer, kind),
         "generation_config.json": ids,
         "dataset_statistics.json": statistics(),
         "preprocessor_config.json": preprocessor(),
@@ -167,4 +171,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -28,6 +28,36 @@ def sample(logp_BNM: Tensor, noise_BN: Tensor) -> Tensor:
     return torch.minimum(drawn, torch.searchsorted(cdf, cdf[..., -1:].contiguous()))[..., 0]
 
 
+class Draw:
+    """Chooses tokens as their logits come (`Choose` in base.py), and keeps the choices with their log-probs.
+
+    noise_BN: uniform in [0, 1), one number per token; None: the likeliest bins, whose log-probs are under temperature 1 without top-k.
+    """
+
+    def __init__(self, noise_BN: Tensor | None, temperature: float, top_k: int) -> None:
+        self._noise_BN, self._temperature, self._top_k = noise_BN, temperature, top_k
+        self._token: list[Tensor] = []
+        self._logprob: list[Tensor] = []
+        self._count = 0
+
+    def __call__(self, logits_BNM: Tensor) -> Tensor:
+        """Bins (B,N) of the next N tokens."""
+        first, self._count = self._count, self._count + logits_BNM.shape[1]
+        if self._noise_BN is None:
+            token_BN = logits_BNM.argmax(-1)
+            logp_BNM = log_distribution(logits_BNM, 1.0, 0)
+        else:
+            logp_BNM = log_distribution(logits_BNM, self._temperature, self._top_k)
+            token_BN = sample(logp_BNM, self._noise_BN[:, first : self._count])
+        self._token.append(token_BN)
+        self._logprob.append(token_logprob(logp_BNM, token_BN))
+        return token_BN
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """All tokens (B,N) and their log-probs (B,N)."""
+        return torch.cat(self._token, dim=1), torch.cat(self._logprob, dim=1)
+
+
 def token_logprob(logp_BNM: Tensor, token_BN: Tensor) -> Tensor:
     """Log-probability of each token, (B,N)."""
     return logp_BNM.gather(-1, token_BN[..., None])[..., 0]

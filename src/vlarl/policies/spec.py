@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,8 @@ class PolicySpec:
 
     image_size: pixels its towers take (frames are resized to it). views: RGB images per observation.
     chunk: actions per forward pass (K). action_dim: numbers per action (A). proprio_dim: 0 = takes no state.
-    unnorm_key: which action statistics it un-normalises with.
+    unnorm_key: which action statistics it un-normalises with. head: how actions come out: tokens, or l1 (regression; no probabilities).
+    kv_cache: it decodes token after token and keeps keys and values of all layers meanwhile.
     parameters, hidden_size, layers, sequence_length: for the memory and time estimates.
     """
 
@@ -25,3 +27,5 @@ class PolicySpec:
     hidden_size: int
     layers: int
     sequence_length: int
+    head: Literal["tokens", "l1"] = "tokens"
+    kv_cache: bool = False

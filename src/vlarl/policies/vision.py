@@ -114,6 +114,7 @@ class VisionTower(nn.Module):
                 dead.append(self.attn_pool)
             for module in dead:
                 module.requires_grad_(False)
+
     def forward(self, pixel_BCHW: Tensor) -> Tensor:
         x_BSD = self.patch_embed(pixel_BCHW.to(self.pos_embed.dtype)) + self.pos_embed
         if self.prefix:
@@ -147,21 +148,16 @@ class VisionBackbone(nn.Module):
         mean = torch.tensor([shape.mean for shape in shapes], dtype=torch.float64).view(1, len(shapes), 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
-        self.image_size = image_sizes[0]
         self.width = sum(shape.width for shape in shapes)
 
     @property
     def towers(self) -> list[VisionTower]:
         return [tower for name, tower in self.named_children() if isinstance(tower, VisionTower)]
 
-    def normalize(self, image_BHWC: Tensor) -> Tensor:
-        """uint8 RGB (B,H,W,3), any size -> (B, 3 x towers, S, S), resized with antialiased bicubic where H or W is not S."""
+    def normalize(self, frame_BHWC: Tensor) -> Tensor:
+        """uint8 RGB (B,S,S,3) of the towers' size -> (B, 3 x towers, S, S)."""
         dtype = torch.float64 if self.featurizer.pos_embed.dtype == torch.float64 else torch.float32
-        image = image_BHWC.permute(0, 3, 1, 2).to(dtype)
-        if image.shape[-2:] != (self.image_size, self.image_size):
-            # Columns, then rows, each rounded to a byte: as PIL does it, which the published checkpoints were trained with.
-            for size in ((image.shape[-2], self.image_size), (self.image_size, self.image_size)):
-                image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+        image = frame_BHWC.permute(0, 3, 1, 2).to(dtype)
         return torch.addcmul(self.shift.to(dtype), image[:, None], self.scale.to(dtype)).flatten(1, 2)
 
     def forward(self, pixel_BCHW: Tensor) -> Tensor:

@@ -112,9 +112,12 @@ class Policy:
     """The policy to train."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["openvla-oft"] = "openvla-oft"
+    kind: Literal["openvla", "openvla-oft"] | None = None
+    """Family; null: as the checkpoint's files say. Needed where they do not: both families publish the same weights and configuration."""
     checkpoint: str
     """Folder or Hub id; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration)."""
+    adapter: str | None = None
+    """Folder of a PEFT LoRA adapter, merged into the checkpoint's weights when they are read."""
     unnorm_key: str | None = None
     """Which action statistics of the checkpoint to use; needed when it has several."""
     lora: Lora | None = None
@@ -122,6 +125,18 @@ class Policy:
     """Parts whose weights do not change."""
     value: Literal["chunk", "action"] = "chunk"
     """One value per chunk, or one per action of the chunk."""
+    chunk: Count | None = None
+    """Actions per forward pass. This and what follows: null is as the checkpoint's files say, or the family's usual (OFT: 8)."""
+    views: Count | None = None
+    """Camera images per observation: the main one, then the wrist's."""
+    stop_token: bool | None = None
+    """OFT: whether a stop token ends the sequence, as it did when the checkpoint was trained."""
+    normalization: Literal["quantiles", "bounds"] | None = None
+    """Actions and state were scaled by the 1 % and 99 % quantiles, or by minimum and maximum."""
+    resize: Literal["pil", "tensor", "lanczos"] | None = None
+    """How frames come to the policy's size: as its image processor does (pil), on float tensors, or as TensorFlow's lanczos3."""
+    crop: bool | None = None
+    """Take the middle 90 % of the area of every frame: for checkpoints trained with random crops."""
 
 
 @dataclass(frozen=True, kw_only=True)

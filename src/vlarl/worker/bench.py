@@ -15,7 +15,7 @@ from vlarl.distributed.fsdp import acting, shard
 from vlarl.distributed.reduce import all_reduce_sum
 from vlarl.distributed.routing import take_slots
 from vlarl.emulate import SleepingEnv, SleepingLearner, SleepingPolicy, sleeping_spec
-from vlarl.envs.remote import StepMessage
+from vlarl.envs.messages import StepMessage
 from vlarl.learner.optim import set_learning_rates
 from vlarl.learner.update import Learner
 from vlarl.metrics.status import write_status

@@ -1,7 +1,6 @@
 """Owns what every part of a worker rank shares: the run folder, recipe, plan, world, spans and heartbeat."""
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from vlarl.plan.placement import PlacementPlan, RankPlan
 from vlarl.plan.specs import simulator_spec
 from vlarl.recipe.schema import Recipe
 
-BEAT_SECONDS = 1.0
+WAIT = "rollout/wait"  # the name under which serve and RemotePool wait
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -50,26 +49,15 @@ class Context:
         return simulator_spec(self.recipe.env).tasks
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """While this rank has nothing to do but wait for others, keep telling the launcher that it is alive: those it waits for are watched
-        themselves, and are the ones to name."""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(BEAT_SECONDS):
-                self.heartbeat.beat(f"waiting for {what}")
-
-        self.heartbeat.beat(f"waiting for {what}")
-        beating = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        beating.start()
-        try:
+    def waiting(self, name: str) -> Iterator[None]:
+        """Time a wait for other ranks, and go on telling the launcher that this one is alive."""
+        with self.heartbeat.waiting(name), self.spans.span(name):
             yield
-        finally:
-            done.set()
-            beating.join()
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Time a phase, and tell the launcher that this rank is alive in it."""
+        if name == WAIT:
+            return self.waiting(name)
         self.heartbeat.beat(name)
         return self.spans.span(name)
 

@@ -24,7 +24,16 @@ from vlarl.worker.context import Context, open_context
 from vlarl.worker.evaluate import evaluate
 from vlarl.worker.loop import Updates, assist, train
 from vlarl.worker.progress import Progress
-from vlarl.worker.setup import build_env, build_learner, build_offload, build_policy, build_trainer, place_policy, shard_policy
+from vlarl.worker.setup import (
+    build_env,
+    build_learner,
+    build_offload,
+    build_placed_policy,
+    build_policy,
+    build_sharded_policy,
+    build_trainer,
+    place_policy,
+)
 from vlarl.worker.warmstart import warm_start
 
 
@@ -53,7 +62,7 @@ def run_job(job: str, run_dir: Path, options: JobOptions) -> None:
             assert policy is not None and learner is not None, "a profile is of one rank that does everything"
             _finish(run, {"profile": serial.to_dict(measure_costs(run, policy, learner))})
         elif job == "sft":
-            policy = build_policy(run, trainable=True)
+            policy = build_policy(run)
             warm_start(run, policy)
             _finish(run, {"notes": [f"Policy: {run_dir / 'warmstart'}"]})
         else:
@@ -76,12 +85,15 @@ def train_job(run: Context, resume: bool) -> None:
 
 def _learning(run: Context, cloning: bool) -> tuple[VLAPolicy | None, Learner | None]:
     """This rank's policy, warm-started first where `cloning`, and what improves it; None for the roles of others."""
-    roles = run.rank_plan.roles
-    whole = build_policy(run, trainable=True) if cloning or roles != ("env",) else None
-    if cloning and whole is not None:
+    if cloning:
+        whole = build_policy(run)
         warm_start(run, whole)
-    policy = place_policy(run, whole)
-    return policy, build_learner(run, policy, _reference(run)) if policy is not None and "learner" in roles else None
+        policy = place_policy(run, whole)
+    else:
+        policy = build_placed_policy(run)
+    if policy is None or "learner" not in run.rank_plan.roles:
+        return policy, None
+    return policy, build_learner(run, policy, _reference(run))
 
 
 def _bench_job(run: Context, options: JobOptions) -> None:
@@ -106,14 +118,14 @@ def _reference(run: Context) -> VLAPolicy | None:
     if run.recipe.algorithm.kl_coef == 0:
         return None
     cloned = str(run.run_dir / "warmstart") if run.recipe.warmstart else None
-    return shard_policy(run, build_policy(run, trainable=False, source=cloned))
+    return build_sharded_policy(run, trainable=False, source=cloned)
 
 
 def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
     """Play the named variations with one policy; eval.json holds every episode's row. The learners' job."""
     if run.world.learners is None:
         return
-    policy = shard_policy(run, build_policy(run, trainable=False))
+    policy = build_sharded_policy(run, trainable=False)
     folder, _ = resolve_folder(run.recipe.policy.checkpoint)
     hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
     reports, offload = [], build_offload(run, policy, None)

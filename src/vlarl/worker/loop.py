@@ -18,6 +18,7 @@ from vlarl.errors import CheckpointError
 from vlarl.learner.optim import learning_rate_at, set_learning_rates
 from vlarl.learner.targets import Targets, grpo_targets, ppo_targets
 from vlarl.learner.update import Learner
+from vlarl.plan.placement import layout
 from vlarl.policies.checkpoint import save_policy
 from vlarl.recipe.schema import Grpo, Ppo
 from vlarl.rollout.collector import concatenate
@@ -71,7 +72,7 @@ def assist(run: Context, trainer: Trainer, resume: bool) -> None:
     """A rank that does not learn: simulate, act, take new weights and checkpoint when the learners say so."""
     progress = restore(run, trainer) if resume else Progress()
     while True:
-        with run.waiting("orders"):
+        with run.waiting("rollout/wait"):  # also while the learners evaluate
             order, number = trainer.orders.take()
         if order == "collect":
             run.spans.update = number + 1
@@ -129,7 +130,7 @@ def play(run: Context, trainer: Trainer) -> TrajectoryBatch | None:
                     batch = rollout.collector.collect(rollout.sampler, run, trainer.policy.policy_version)
         if env is not None and rollout is None:
             serve(env.pool, env.lines, trainer.max_chunks, run.world.device, run)
-    with run.waiting("trajectories"), run.spans.span("route" if rollout is not None else "rollout/wait"):
+    with run.waiting("route" if rollout is not None else "rollout/wait"):
         return trainer.router.route(batch)
 
 
@@ -216,7 +217,11 @@ def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None
             learner.optimizer if learner is not None else None,
             extra,
             lambda path, state: save_policy(path, policy, state) if policy is not None else None,
-            {"update": progress.update, "success": progress.best[0] if progress.best else progress.success},
+            {
+                "update": progress.update,
+                "success": progress.best[0] if progress.best else progress.success,
+                "placement": layout(run.plan),
+            },
         )
         if run.world.is_main:
             if best or manifest.best(run.run_dir) is None:
@@ -229,12 +234,8 @@ def restore(run: Context, trainer: Trainer) -> Progress:
     """Go on exactly where the latest checkpoint was taken. Every rank."""
     folder, learner = latest_checkpoint(run.run_dir), trainer.learner
     module, optimizer = (learner.policy.module, learner.optimizer) if learner is not None else (None, None)
-    extras, facts = checkpoint.load(run.world, folder, module, optimizer)
-    if facts["ranks"] != run.world.world_size:
-        raise CheckpointError(
-            f"{folder} was written by {facts['ranks']} ranks, this run has {run.world.world_size}: its open episodes belong to ranks.",
-            f"Resume with ranks={facts['ranks']}, or start a new run from its policy/ folder.",
-        )
+    manifest.check_placement(folder, layout(run.plan))
+    extras, _ = checkpoint.load(run.world, folder, module, optimizer)
     extra: dict[str, Any] = extras[run.world.rank]
     if trainer.env is not None:
         trainer.env.feed.cursor = list(extra["cursor"])

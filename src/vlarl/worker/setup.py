@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlarl import serial
-from vlarl.distributed.fsdp import shard
+from vlarl.distributed.fsdp import acting, local_rows, shard
 from vlarl.distributed.links import Links, Orders
 from vlarl.distributed.residency import Offload
 from vlarl.distributed.routing import Router
@@ -22,10 +22,14 @@ from vlarl.learner.optim import build_optimizer
 from vlarl.learner.update import Learner
 from vlarl.plan.placement import PlacementPlan, stage_parts
 from vlarl.plan.specs import policy_spec, simulator_spec
-from vlarl.policies.base import VLAPolicy
-from vlarl.policies.checkpoint import load_policy
+from vlarl.policies.base import PolicyModule, VLAPolicy
+from vlarl.policies.checkpoint import cast_parameters, load_policy
+from vlarl.policies.layout import stated_settings
+from vlarl.policies.probe import action_range, check_policy
 from vlarl.policies.spec import PolicySpec
+from vlarl.policies.weights import WHOLE, Place
 from vlarl.recipe.schema import Env, Grpo, Ppo
+from vlarl.recipe.schema import Policy as PolicySettings
 from vlarl.rollout.collector import Collector
 from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
 from vlarl.rollout.play import Policy, Sampler
@@ -69,34 +73,73 @@ class Trainer:
     offload: Offload
 
 
-def build_policy(run: Context, trainable: bool, source: str | None = None) -> VLAPolicy:
-    """The recipe's policy (or `source`), whole on this rank. trainable: False freezes it and leaves adapters out."""
-    p = run.recipe.policy
-    lora = p.lora if trainable else None
-    dtype, device = run.master_dtype, run.world.device
-    policy = load_policy(source or p.checkpoint, p.unnorm_key, p.value, dtype, device, lora, p.freeze, run.recipe.seed)
+def build_policy(run: Context) -> VLAPolicy:
+    """The recipe's policy, whole on this rank, as the warm start needs it."""
+    return _load(run, True, run.recipe.policy, run.master_dtype, WHOLE)
+
+
+def build_sharded_policy(run: Context, trainable: bool, source: str | None = None) -> VLAPolicy:
+    """The recipe's policy (or that of the folder `source`), spread over the learner ranks: each reads its own rows only. Collective.
+
+    trainable: False freezes it and leaves adapters out.
+    """
+    chosen = run.recipe.policy if source is None else replace(run.recipe.policy, checkpoint=source, adapter=None)
+    place = Place(lambda module: _shard(run, module, trainable), local_rows)
+    return _probed(run, _load(run, trainable, chosen, run.master_dtype, place))
+
+
+def build_placed_policy(run: Context) -> VLAPolicy | None:
+    """The recipe's policy as this rank's roles need it: sharded where it learns, whole where it only acts, else None."""
+    roles = run.rank_plan.roles
+    if "learner" in roles:
+        return build_sharded_policy(run, trainable=True)
+    # FSDP2 casts what it gathers to the compute dtype, too; buffers keep theirs there as here.
+    return _probed(run, _load(run, True, run.recipe.policy, run.compute_dtype, WHOLE)) if "rollout" in roles else None
+
+
+def place_policy(run: Context, policy: VLAPolicy) -> VLAPolicy | None:
+    """A whole, warm-started policy as this rank's roles need it."""
+    roles = run.rank_plan.roles
+    if "learner" in roles:
+        _shard(run, policy.module, trainable=True)
+        return policy
+    if "rollout" not in roles:
+        return None
+    cast_parameters(policy.module, run.compute_dtype)
+    return policy
+
+
+def _load(run: Context, trainable: bool, p: PolicySettings, dtype: torch.dtype, place: Place) -> VLAPolicy:
+    policy = load_policy(
+        p.checkpoint,
+        p.unnorm_key,
+        p.value,
+        dtype,
+        run.world.device,
+        p.lora if trainable else None,
+        p.freeze,
+        run.recipe.seed,
+        adapter=p.adapter,
+        stated=stated_settings(p),
+        place=place,
+    )
     if not trainable:
         policy.module.requires_grad_(False)
     return policy
 
 
-def shard_policy(run: Context, policy: VLAPolicy) -> VLAPolicy:
-    """The same policy, spread over the learner ranks."""
-    checkpointing = run.recipe.update.activation_checkpointing and any(p.requires_grad for p in policy.module.parameters())
-    units = policy.module.fsdp_units()
-    shard(policy.module, run.world.learner, run.compute_dtype, units, activation_checkpointing=checkpointing)
+def _probed(run: Context, policy: VLAPolicy) -> VLAPolicy:
+    """The policy, once it has passed the checks of probe.py."""
+    with acting(policy.module):
+        check_policy(policy, run.compute_dtype)
+    if run.world.is_main:
+        print(action_range(policy))
     return policy
 
 
-def place_policy(run: Context, policy: VLAPolicy | None) -> VLAPolicy | None:
-    """The policy as this rank's roles need it: sharded where it learns, whole where it only acts, else None."""
-    if policy is None or "learner" in run.rank_plan.roles:
-        return policy and shard_policy(run, policy)
-    if "rollout" not in run.rank_plan.roles:
-        return None
-    for p in policy.module.parameters():
-        p.data = p.data.to(run.compute_dtype)  # as FSDP2 casts what it gathers; buffers keep their dtype there, too
-    return policy
+def _shard(run: Context, module: PolicyModule, trainable: bool) -> None:
+    checkpointing = run.recipe.update.activation_checkpointing and trainable
+    shard(module, run.world.learner, run.compute_dtype, module.fsdp_units(), activation_checkpointing=checkpointing)
 
 
 def build_optimizer_for(run: Context, policy: VLAPolicy) -> torch.optim.Optimizer:

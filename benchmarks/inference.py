@@ -1,0 +1,178 @@
+"""Batched action generation against a plain Hugging Face loop over the same weights, in one run, by batch size; share of the roofline.
+
+    python benchmarks/inference.py --kind openvla --size tiny --batches 1 8 64 --json FILE
+
+The plain loop is what published evaluators do, given a batch: the image processor on the host (PIL, picture by picture), prompts
+tokenised anew, logits over the whole vocabulary; OpenVLA by `LlamaForCausalLM.generate` with its growing cache, OFT by one forward of the
+same class. Greedy, so that the tokens can be compared.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlarl.policies.actions import build_codec
+from vlarl.policies.base import VLAPolicy
+from vlarl.policies.checkpoint import initialize_module
+from vlarl.policies.layout import OpenVLAConfig, read_config, read_statistics, resolve_folder, spec_from
+from vlarl.policies.openvla import OpenVLA
+from vlarl.policies.tokenizer import PromptTable, load_tokenizer
+from vlarl.policies.towers import tower_shape
+from vlarl.types import Observation
+
+FOLDERS = {"openvla": "scratch:tiny-openvla", "openvla-oft": "scratch:tiny"}
+SENTENCES = ("put the red cube on the green plate", "push the blue cube left", "touch the yellow cube")
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 2048}
+REAL_TOWERS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
+PUBLISHED = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
+
+
+def configure(kind: str, size: str) -> OpenVLAConfig:
+    """tiny: as shipped. 300m: its towers, a Llama of 300 M parameters. 7b: the published shapes."""
+    config = read_config(resolve_folder(FOLDERS[kind])[0])
+    if size == "300m":
+        return replace(config, text=config.text | WIDE)
+    if size == "7b":
+        chunk = 1 if kind == "openvla" else 8
+        return replace(config, text=PUBLISHED, tower_ids=REAL_TOWERS, image_sizes=(224, 224), chunk=chunk)
+    return config
+
+
+def build(config: OpenVLAConfig, dtype: torch.dtype, device: torch.device) -> VLAPolicy:
+    folder = resolve_folder(FOLDERS[config.kind])[0]
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = initialize_module(config, 1, dtype).to(device).eval()
+    prompts = PromptTable(load_tokenizer(folder), config.bos_id, config.pad_id, config.blank_id, device)
+    codec = build_codec(read_statistics(folder, config.raw), "tabletop", config.normalization, config.epsilon, config.action_dim, device)
+    return VLAPolicy(module, config, spec_from(config, "tabletop"), prompts, codec, device, folder, 1.0, "")
+
+
+def observation(batch: int, size: int, device: torch.device) -> Observation:
+    image = torch.randint(0, 256, (batch, 1, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Observation(image.to(device), torch.zeros(batch, 8, device=device), tuple(SENTENCES[i % 3] for i in range(batch)))
+
+
+@torch.no_grad()
+def plain_loop(policy: VLAPolicy, obs: Observation) -> Tensor:
+    """Greedy tokens (B,N) as published evaluators get them."""
+    module, config, device = policy.module, policy.config, policy.device
+    assert isinstance(module, OpenVLA)
+    llama, dtype, size = module.language_model, module.projector.fc1.weight.dtype, config.image_sizes[0]
+    towers = [tower_shape(name) for name in config.tower_ids]
+    pixels = []
+    for frame in obs.image_BVHWC[:, 0].cpu().numpy():
+        picture = np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        pixels.append(np.concatenate([(picture - np.float32(t.mean)) / np.float32(t.std) for t in towers], -1).transpose(2, 0, 1))
+    patches = module.projector(module.vision_backbone(torch.from_numpy(np.stack(pixels)).to(device, dtype)))
+    fresh = PromptTable(policy._prompts._tokenizer, config.bos_id, config.pad_id, config.blank_id, device)
+    prompt = fresh.batch(obs.instruction)
+    text = llama.get_input_embeddings()(prompt.ids_BL)
+    mask = torch.ones_like(prompt.ids_BL, dtype=torch.bool) if prompt.mask_BL is None else prompt.mask_BL
+    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), patches.shape[1]), mask[:, 1:]], 1)
+    embedding = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+    low, high, count = config.action_low, config.action_low + config.action_bins, module.num_tokens
+    if config.kind == "openvla":
+        settings: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "use_cache": True}
+        only = [lambda _, scores: torch.full_like(scores, -torch.inf).index_copy(1, actions, scores[:, low:high])]
+        actions = torch.arange(low, high, device=device)
+        settings |= {"logits_processor": transformers.LogitsProcessorList(only), "pad_token_id": config.pad_id}
+        return llama.generate(inputs_embeds=embedding, attention_mask=mask.long(), **settings)[:, -count:] - low
+    embedding = torch.cat([embedding, embedding.new_zeros(len(mask), count, embedding.shape[2])], 1)
+    mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)
+    total = mask.shape[1]
+    seen = mask[:, None, None, :].expand(-1, 1, total, total)
+    logits = llama(inputs_embeds=embedding, attention_mask=seen, position_ids=mask.long().cumsum(1) - 1, is_causal=False).logits
+    return logits[:, -count - 1 : -1, low:high].argmax(-1)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peaks(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large matrix product and bytes/s read by a sum over a large array: measured, here and now."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    product = min(seconds(lambda: a @ a, device) for _ in range(5))
+    big = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    return 2 * side**3 / product, big.numel() * 4 / min(seconds(big.sum, device) for _ in range(5))
+
+
+def measure(policy: VLAPolicy, batch: int, repeats: int, top: tuple[float, float]) -> dict[str, Any]:
+    """Both ways in turn, after a warm-up; greedy tokens compared first."""
+    obs = observation(batch, policy.spec.image_size, policy.device)
+    calls = {"ours": lambda: policy.act(obs, None, 1.0, 0), "plain": lambda: plain_loop(policy, obs)}
+    agree = float((policy.act(obs, None, 1.0, 0).token_BN == plain_loop(policy, obs)).double().mean())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call, policy.device))
+    with FlopCounterMode(display=False) as counter:
+        calls["ours"]()
+    steps = policy.spec.action_dim if policy.config.kind == "openvla" else 1
+    weights = sum(p.numel() * p.element_size() for p in policy.module.parameters())
+    llama = sum(p.numel() * p.element_size() for p in policy.module.language_model.parameters())
+    bound = max(counter.get_total_flops() / top[0], (weights + (steps - 1) * llama) / top[1])
+    median = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        "batch": batch,
+        "same_tokens": agree,
+        "ours_ms": [1e3 * t for t in times["ours"]],
+        "plain_ms": [1e3 * t for t in times["plain"]],
+        "speedup": median["plain"] / median["ours"],
+        "actions_per_second": batch * policy.spec.chunk / median["ours"],
+        "roofline_share": bound / median["ours"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=sorted(FOLDERS), default="openvla")
+    parser.add_argument("--size", choices=("tiny", "300m", "7b"), default="tiny")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy, top = build(configure(options.kind, options.size), dtype, device), peaks(dtype, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{options.kind}, {policy.spec.parameters / 1e6:.1f} M parameters, {dtype}, {name}, {torch.get_num_threads()} thread(s)")
+    print(f"measured peaks: {top[0] / 1e9:.1f} GFLOP/s, {top[1] / 1e9:.1f} GB/s")
+    rows = []
+    for batch in options.batches:
+        rows.append(measure(policy, batch, options.repeats, top))
+        row = rows[-1]
+        ours, plain = (f"{statistics.median(t):.1f} ({min(t):.1f} to {max(t):.1f}) ms" for t in (row["ours_ms"], row["plain_ms"]))
+        print(f"batch {batch:4d}: ours {ours}, plain {plain}: {row['speedup']:.2f}x; {row['actions_per_second']:.0f} actions/s,", end=" ")
+        print(f"{row['roofline_share']:.0%} of the roofline, same tokens {row['same_tokens']:.1%}", flush=True)
+    if options.json:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        settings = {"kind": options.kind, "size": options.size, "dtype": str(dtype), "threads": torch.get_num_threads()}
+        figures = {"machine": name, "versions": versions, "settings": settings, "peaks": top, "rows": rows}
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""PEFT adapter folders and parts in side files: merged or kept apart, and one clear message for each way they can be wrong."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlarl.errors import CheckpointError
+from vlarl.policies.adapter import read_adapter, stored_weights
+from vlarl.policies.base import VLAPolicy
+from vlarl.policies.checkpoint import load_policy, save_policy
+from vlarl.policies.probe import probe_logits
+from vlarl.policies.weights import side_tensors
+from vlarl.recipe.schema import Lora
+
+BASE = "bundled:tiny-sft"
+
+
+def logits(policy: VLAPolicy) -> torch.Tensor:
+    return probe_logits(policy)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLAPolicy, Path]:
+    """A policy with adapters that do something, and its folder: merged weights, lora_adapter/ beside them."""
+    folder = tmp_path_factory.mktemp("trained")
+    policy = load_policy(BASE, dtype=torch.float64, lora=Lora(rank=4, alpha=6, targets=("q_proj", "fc1", "proj")))
+    for name, parameter in policy.module.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    save_policy(folder, policy, policy.module.state_dict())
+    return policy, folder
+
+
+def test_merged_apart_and_as_trained_agree(trained: tuple[VLAPolicy, Path]) -> None:
+    policy, folder = trained
+    expected, adapter = logits(policy), str(folder / "lora_adapter")
+    assert (logits(load_policy(BASE, dtype=torch.float64)) - expected).abs().max() > 1e-2
+    assert (logits(load_policy(str(folder), dtype=torch.float64)) - expected).abs().max() < 1e-9
+    assert (logits(load_policy(BASE, dtype=torch.float64, adapter=adapter)) - expected).abs().max() < 1e-9
+    assert (logits(load_policy(adapter, dtype=torch.float64)) - expected).abs().max() < 1e-9
+    apart = load_policy(adapter, dtype=torch.float64, apart=True)
+    assert torch.equal(logits(apart), expected)
+    assert {n for n, p in apart.module.named_parameters() if p.requires_grad} == {
+        n for n, p in policy.module.named_parameters() if p.requires_grad
+    }
+
+
+def test_what_peft_writes_is_read(tmp_path: Path) -> None:
+    """An adapter made by PEFT itself, as others make them, on a part of the policy with its real names."""
+    policy = load_policy(BASE, dtype=torch.float64)
+    before = logits(policy)
+    config = LoraConfig(r=2, lora_alpha=8, use_rslora=True, target_modules=["v_proj", "patch_embed.proj"], init_lora_weights=False)
+    theirs = get_peft_model(policy.module, config)  # type: ignore[arg-type]
+    theirs.save_pretrained(str(tmp_path))
+    expected = logits(policy)
+    adapter = read_adapter(tmp_path)
+    assert adapter.scale == 8 / 2**0.5 and len(adapter.layers) == 3 + 2
+    merged = load_policy(BASE, dtype=torch.float64, adapter=str(tmp_path))
+    assert (logits(merged) - expected).abs().max() < 1e-6 * (expected - before).abs().max()
+
+
+def damaged(folder: Path, tmp_path: Path, **config: object) -> Path:
+    """A copy of an adapter folder with other settings."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    text = json.loads((copy / "adapter_config.json").read_text()) | config
+    (copy / "adapter_config.json").write_text(json.dumps(text))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"r": 5}, "of rank 5 do not fit"),
+    ],
+)
+def test_other_kinds_are_refused(trained: tuple[VLAPolicy, Path], tmp_path: Path, config: dict[str, object], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        load_policy(BASE, adapter=str(damaged(trained[1] / "lora_adapter", tmp_path, **config)))
+
+
+def test_foreign_lonely_and_missing_factors_are_named(trained: tuple[VLAPolicy, Path], tmp_path: Path) -> None:
+    copy = damaged(trained[1] / "lora_adapter", tmp_path)
+    path = copy / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(n for n in state if n.endswith("q_proj.lora_A.weight"))
+    for wrong, says in [
+        ({n: t for n, t in state.items() if n != name}, "one of its two factors only"),
+        (state | {"lm_head.lora_A.weight": torch.zeros(4, 4)}, "unexpected tensor lm_head"),
+        ({n.replace("q_proj", "x_proj"): t for n, t in state.items()}, "there is no layer .*x_proj"),
+        ({"base_model.model.projector.fc1.bias": torch.zeros(1)}, "holds no LoRA factors"),
+    ]:
+        save_file(wrong, path)
+        with pytest.raises(CheckpointError, match=says):
+            load_policy(BASE, adapter=str(copy))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        stored_weights(BASE, str(copy))
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load_policy(BASE, adapter=str(tmp_path))
+
+
+def test_a_base_that_is_gone_two_adapters_and_random_weights(trained: tuple[VLAPolicy, Path], tmp_path: Path) -> None:
+    folder = trained[1] / "lora_adapter"
+    with pytest.raises(CheckpointError, match="base model 'away/gone' is not there"):
+        load_policy(str(damaged(folder, tmp_path, base_model_name_or_path="away/gone")))
+    with pytest.raises(CheckpointError, match="holds an adapter already"):
+        load_policy(str(folder), adapter=str(folder))
+    with pytest.raises(CheckpointError, match="random weights"):
+        load_policy("scratch:tiny", adapter=str(folder))
+
+
+def test_adapters_on_random_or_merged_weights_are_not_stored_by_themselves(trained: tuple[VLAPolicy, Path], tmp_path: Path) -> None:
+    for number, policy in enumerate((
+        load_policy("scratch:tiny", lora=Lora(rank=2)),
+        load_policy(BASE, lora=Lora(rank=2), adapter=str(trained[1] / "lora_adapter")),
+    )):
+        save_policy(tmp_path / str(number), policy, policy.module.state_dict())
+        assert not (tmp_path / str(number) / "lora_adapter").exists()
+
+
+def test_side_files(tmp_path: Path) -> None:
+    module = nn.Module()
+    module.action_head = nn.Linear(2, 3)
+    torch.save({"module.weight": torch.zeros(3, 2), "module.bias": torch.zeros(3)}, tmp_path / "action_head--150000_checkpoint.pt")
+    torch.save({"fc1.weight": torch.zeros(1)}, tmp_path / "proprio_projector--150000_checkpoint.pt")  # published with every policy
+    found = side_tensors(tmp_path, module)
+    assert {name: t.shape for name, t in found.items()} == {"action_head.weight": (3, 2), "action_head.bias": (3,)}
+    with pytest.raises(CheckpointError, match="has no action_head"):
+        side_tensors(tmp_path, nn.Module())
+    (tmp_path / "action_head--2_checkpoint.pt").touch()
+    with pytest.raises(CheckpointError, match="are both there"):
+        side_tensors(tmp_path, module)
+    (tmp_path / "action_head--150000_checkpoint.pt").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        side_tensors(tmp_path, module)
+    torch.save(print, tmp_path / "action_head--2_checkpoint.pt")  # a pickled function is not run
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        side_tensors(tmp_path, module)
