@@ -150,6 +150,6 @@ def test_a_bridge_task_plays_through_the_same_adapter() -> None:
                 outcome = sim.step(torch.tensor([[0.02, 0.0, 0.02, 0, 0, 0, 1]]))
             seen.append(sim.look())
             moved = sim.feel()[0, :3] - start
-        assert torch.equal(seen[0], seen[2]) and seen[0][0, 0][CORNER].tolist() == [77] * 3
+        assert torch.equal(seen[0], seen[2]) and seen[0][0, 0][-1, -1].tolist() == [77] * 3  # the photograph
         assert float(outcome.reward) == 0 and moved[2] > 0.03  # metres, not shares
         assert sim.instructions() == ["put carrot on plate"]
