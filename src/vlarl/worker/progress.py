@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,8 +54,17 @@ class Progress:
 def gather_spans(run: Context, offload: Offload) -> list[tuple[dict[str, float], dict[str, float]]]:
     """Of every rank, in order: seconds per span since the last call, and memory metrics. Collective."""
     memory = {f"memory/measured_peak_bytes_{phase}": peak for phase, peak in offload.take_peaks().items()}
-    memory |= {"memory/offloaded_bytes": offload.bytes, "memory/host_rss_bytes": psutil.Process().memory_info().rss}
+    memory |= {"memory/offloaded_bytes": offload.bytes, "memory/host_rss_bytes": _resident_bytes()}
     return all_gather_objects(run.world, (run.spans.totals(), memory))
+
+
+def _resident_bytes() -> int:
+    """Host memory of this rank, with the simulators' processes that it runs."""
+    found = 0
+    for process in (psutil.Process(), *psutil.Process().children()):
+        with suppress(psutil.NoSuchProcess):
+            found += process.memory_info().rss
+    return found
 
 
 def most(ranks: Iterable[dict[str, float]]) -> dict[str, float]:
