@@ -23,10 +23,12 @@ ALLOWED = {
     "types": ("envs.spec",),
     "envs.tabletop.spec": ("envs.spec", "errors"),
     "envs.libero.spec": ("envs.spec",),
+    "envs.maniskill.spec": ("envs.spec", "envs.maniskill.plate_settings"),
+    "envs.maniskill.plate_settings": (),
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
-    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec"),
+    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
     "plan": (
-        *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec"),
+        *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
         *("policies.spec", "policies.layout", "policies.adapter"),
     ),
     "launch": ("errors", "serial", "recipe", "plan"),
@@ -48,8 +50,9 @@ ALLOWED = {
     ),
 }
 # What the control process is made of.
-TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec")
-TORCH_FREE += ("policies.spec", "policies.layout", "policies.adapter", "policies.weight_files")
+TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
+TORCH_FREE += ("policies.spec", "policies.layout")
+TORCH_FREE += ("policies.adapter", "policies.weight_files")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 
 

@@ -34,7 +34,7 @@ def test_every_field_is_written() -> None:
         ("env", "parallel", "64", "env.parallel is '64', expected int"),
         ("env", "parallel", True, "env.parallel is True, expected int"),
         ("env", "wrist_camera", 1, "env.wrist_camera is 1, expected bool"),
-        ("env", "reward", "dense", "env.reward is 'dense'"),
+        ("env", "reward", "rich", "env.reward is 'rich'"),
         ("algorithm", "clip", [0.2], "algorithm.clip has 1 entries, expected 2"),
         ("algorithm", "kind", "dqn", "algorithm.kind is 'dqn'"),
         ("env", "colour", 3, "env.colour is unknown"),

@@ -15,8 +15,9 @@ from torch import Tensor
 from vlarl.envs.spec import EnvSpec, EpisodeSpec
 from vlarl.types import ChunkResult, Observation
 
-SIMULATORS = {"tabletop": "vlarl.envs.tabletop.env:Tabletop"}
-HOSTED = {"libero": "vlarl.envs.libero.env:Libero"}  # called in the host with the recipe's env section (a dict) and the EnvSpec
+SIMULATORS = {"tabletop": "vlarl.envs.tabletop.env:Tabletop", "maniskill": "vlarl.envs.maniskill.batched:ManiSkill"}
+# Called in the host with the recipe's env section (a dict) and the EnvSpec.
+HOSTED = {"libero": "vlarl.envs.libero.env:Libero", "maniskill": "vlarl.envs.maniskill.hosted:Slot"}
 
 
 class BatchedEnv(Protocol):

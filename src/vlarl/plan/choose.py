@@ -17,7 +17,7 @@ LEARNER_SHARES = ((1, 2), (1, 4), (3, 4))  # of a disaggregated placement's rank
 MODES = ("collocated", "hybrid", "disaggregated")
 STAGES = (1, 2, 4)
 TIE = 0.01  # a simpler placement is taken as long as it is no slower than this; MODES begins with the simplest
-ON_DEVICE = ("tabletop",)  # simulators that run on the GPU, in the rank's own process
+ON_DEVICE = ("tabletop", "maniskill")  # simulators that run on the GPU, in the rank's own process
 
 DEFAULT = Placement()
 

@@ -200,8 +200,12 @@ def _fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec, job: Job) -> 
         )
         found.append(Clash("policy.checkpoint", rule, ("env.simulator",)))
     if policy.views != env.views:
-        rule = f"{env.name} gives {_views(env.views)} and the policy {checkpoint} takes {_views(policy.views)}. Set env.wrist_camera to "
-        found.append(Clash("env.wrist_camera", rule + ("true." if policy.views > 1 else "false."), ("policy.checkpoint",)))
+        rule = f"{env.name} gives {_views(env.views)} and the policy {checkpoint} takes {_views(policy.views)}. "
+        if env.name == "maniskill":
+            found.append(Clash("env.maniskill.cameras", rule + "Name as many cameras.", ("policy.checkpoint",)))
+        else:
+            rule += f"Set env.wrist_camera to {'true' if policy.views > 1 else 'false'}."
+            found.append(Clash("env.wrist_camera", rule, ("policy.checkpoint",)))
     if policy.proprio_dim not in (0, env.state_dim):
         rule = (
             f"it reads a state of {policy.proprio_dim} numbers and {env.name} gives {env.state_dim}. Use a policy trained for {env.name}."

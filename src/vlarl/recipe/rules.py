@@ -12,11 +12,15 @@ from difflib import get_close_matches
 from typing import Any
 
 from vlarl.envs.libero import spec as libero
+from vlarl.envs.maniskill import spec as maniskill
 from vlarl.envs.tabletop import spec as tabletop
-from vlarl.recipe.schema import Grpo, Ppo, Recipe
+from vlarl.recipe.schema import Env, Grpo, Ppo, Recipe
 
-SIMULATOR_TASKS = {"tabletop": tabletop.TASKS, "libero": libero.TASK_SETS}  # named where one is not known
-SIMULATOR_VARIATIONS = {"tabletop": tabletop.VARIATIONS, "libero": libero.VARIATIONS}
+# Named where one is not known.
+SIMULATOR_TASKS = {"tabletop": tabletop.TASKS, "libero": libero.TASK_SETS, "maniskill": tuple(maniskill.INSTRUCTIONS)}
+SIMULATOR_VARIATIONS = {"tabletop": tabletop.VARIATIONS, "libero": libero.VARIATIONS, "maniskill": maniskill.VARIATIONS}
+SIMULATOR_REWARDS = {"tabletop": ("sparse", "shaped"), "libero": ("sparse",), "maniskill": ("sparse", "dense", "relative")}
+WITH_EXPERT = ("tabletop",)  # simulators whose scripted expert can be cloned
 ROLES = ("env", "rollout", "learner")
 MAX_RANKS = 65536  # of one range: keeps a slip of the pen from filling the memory
 
@@ -76,7 +80,7 @@ def _env(recipe: Recipe) -> list[Clash]:
     known = SIMULATOR_TASKS[env.simulator]
     listed: list[str] = []
     for task in env.tasks:
-        meant = libero.expand(task) if env.simulator == "libero" else (task,) if task in known else None
+        meant = _expand(env.simulator, task)
         if meant is None:
             found.append(Clash("env.tasks", f"{env.simulator} has no task {task!r}. {nearest(task, known)}", ("env.simulator",)))
             continue
@@ -84,16 +88,40 @@ def _env(recipe: Recipe) -> list[Clash]:
         if twice is not None:
             found.append(Clash("env.tasks", f"{twice!r} is listed twice. Every task is played equally often; list it once."))
         listed += meant
-    if env.simulator == "libero" and env.reward != "sparse":
-        found.append(Clash("env.reward", "libero knows success alone. Use sparse.", ("env.simulator",)))
-    if env.simulator == "libero" and recipe.warmstart:
-        rule = "libero has no scripted expert to clone. Start from a policy that was trained on its demonstrations."
+    if env.reward not in SIMULATOR_REWARDS[env.simulator]:
+        rule = f"{env.simulator} has no such reward. Use {' or '.join(SIMULATOR_REWARDS[env.simulator])}."
+        found.append(Clash("env.reward", rule, ("env.simulator",)))
+    if env.simulator == "maniskill":
+        found += _maniskill(env)
+    if env.simulator not in WITH_EXPERT and recipe.warmstart:
+        rule = f"{env.simulator} has no scripted expert to clone. Start from a policy that was trained on its demonstrations."
         found.append(Clash("warmstart", rule, ("env.simulator",)))
     variations = SIMULATOR_VARIATIONS[env.simulator]
     if env.variation not in variations:
         found.append(
             Clash("env.variation", f"{env.simulator} has no such variation. {nearest(env.variation, variations)}", ("env.simulator",))
         )
+    return found
+
+
+def _expand(simulator: str, task: str) -> tuple[str, ...] | None:
+    """The simulator's own names for what a recipe calls a task; None where it is unknown."""
+    if simulator == "libero":
+        return libero.expand(task)
+    known = maniskill.is_task_id(task) if simulator == "maniskill" else task in SIMULATOR_TASKS[simulator]
+    return (task,) if known else None
+
+
+def _maniskill(env: Env) -> list[Clash]:
+    found, said = [], env.maniskill.instructions
+    if env.variation != "train" and env.tasks != (maniskill.PLATE_TASK,):
+        rule = f"settings of the plate suite are played by {maniskill.PLATE_TASK}. Make it the only task, or set env.variation to train."
+        found.append(Clash("env.variation", rule, ("env.tasks",)))
+    if said and len(said) != len(env.tasks):
+        rule = f"{len(said)} sentences for {len(env.tasks)} tasks. Give one per task, in their order, or none."
+        found.append(Clash("env.maniskill.instructions", rule, ("env.tasks",)))
+    if env.wrist_camera:
+        found.append(Clash("env.wrist_camera", "ManiSkill's cameras are named. Set env.maniskill.cameras instead.", ("env.simulator",)))
     return found
 
 

@@ -38,15 +38,41 @@ class Libero:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Maniskill:
+    """What only ManiSkill has."""
+
+    __pydantic_config__ = STRICT
+    register: tuple[str, ...] = ()
+    """Python modules to import first, which register tasks of your own."""
+    control_mode: str | None = None
+    """Controller of the robot's hand; takes x, y, z, three angles and the gripper, or those of them that it knows. null: pd_ee_delta_pose,
+    or the only one of a robot in BridgeData's scenes."""
+    gripper: Literal["sign", "unit", "continuous"] = "sign"
+    """What opens it: sign: a number above 0; unit: above 0.5 (OpenVLA on BridgeData); continuous: 1 open, -1 closed, between: between."""
+    cameras: tuple[str, ...] = ()
+    """Views, by the names of the task's cameras; none: its first."""
+    shader: Literal["minimal", "default", "rt", "rt-fast"] = "default"
+    """Shader pack; the rt packs trace rays and want a GPU."""
+    show_goals: bool = False
+    """Draw the marks of goals that the simulator hides from cameras (PickCube's green ball), for policies that know pictures alone."""
+    instructions: tuple[str, ...] = ()
+    """What the policy is told, one sentence per task; none: the task's own or a shipped one."""
+    assets: str | None = None
+    """Folder of ManiSkill's files (which hold data/); null: MS_ASSET_DIR, or ~/.maniskill."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Env:
     """The simulator and how many episodes it plays at once."""
 
     __pydantic_config__ = STRICT
-    simulator: Literal["tabletop", "libero"] = "tabletop"
+    simulator: Literal["tabletop", "libero", "maniskill"] = "tabletop"
     tasks: Annotated[tuple[str, ...], MinLen(1)] = ("put", "push", "touch")
-    """Tasks to train on. tabletop: put, push, touch. libero: suites (libero_spatial, ..., libero_130) or single tasks (libero_goal-3)."""
+    """Tasks to train on. tabletop: put, push, touch. libero: suites (libero_spatial, ..., libero_130) or single tasks (libero_goal-3).
+    maniskill: ids of registered tasks (PickCube-v1)."""
     variation: str = "train"
-    """Distribution of scenes. tabletop: train, vision, semantics or execution. libero: train."""
+    """Distribution of scenes. tabletop: train, vision, semantics or execution. libero: train. maniskill: train, or a setting of the
+    plate suite (VisionImage, Carrot, EEPose, ...)."""
     parallel: Count = 64
     """Episodes played at once, over all ranks (environment slots)."""
     horizon: Count = 48
@@ -55,8 +81,9 @@ class Env:
     """Height and width of the camera frames, pixels."""
     wrist_camera: bool = False
     """Render a second view from the gripper."""
-    reward: Literal["sparse", "shaped"] = "sparse"
-    """sparse: 1 on success. shaped: sparse plus a potential difference."""
+    reward: Literal["sparse", "shaped", "dense", "relative"] = "sparse"
+    """sparse: 1 on success. shaped (tabletop): sparse plus a potential difference. dense (maniskill): the task's own, at most 1 a step;
+    relative: how much that has grown in the step."""
     python: str | None = None
     """Interpreter that runs the simulator's processes (of an environment of its own); null: vlarl's."""
     slots_per_host: Count = 1
@@ -66,6 +93,7 @@ class Env:
     step_seconds: Positive = 300.0
     """A simulator process that takes longer for a reset or a chunk is taken for hung and replaced."""
     libero: Libero = field(default_factory=Libero)
+    maniskill: Maniskill = field(default_factory=Maniskill)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from vlarl.envs.pool import FinalFrames
 from vlarl.evaluation.protocol import Protocol, episodes
 from vlarl.evaluation.report import EpisodeRow, build_report
 from vlarl.evaluation.runner import EpisodeRecorder, play_episodes
+from vlarl.plan.specs import simulator_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.recipe.schema import Env
 from vlarl.rollout.episodes import ListFeed
@@ -30,7 +31,7 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
         episodes=settings.episodes,
         horizon=env.horizon,
         image_size=env.image_size,
-        views=2 if env.wrist_camera else 1,
+        views=simulator_spec(env).views,
         chunk=policy.spec.chunk,
         temperature=settings.temperature,
         seed=seed,
@@ -56,7 +57,7 @@ def evaluate(run: Context, policy: VLAPolicy, variation: str, seed: int, hashes:
 
 def _options(env: Env) -> tuple[str, ...]:
     """Settings of one simulator alone that change what is played or seen."""
-    names = {"libero": ("render", "settle_steps")}
+    names = {"libero": ("render", "settle_steps"), "maniskill": ("control_mode", "gripper", "cameras", "shader", "show_goals")}
     return tuple(f"{name}={getattr(getattr(env, env.simulator), name)}" for name in names.get(env.simulator, ()))
 
 

@@ -153,6 +153,8 @@ def build_env(run: Context, slots: range, variation: str | None = None, tasks: t
     e = replace(run.recipe.env, variation=variation or run.recipe.env.variation, tasks=tasks or run.recipe.env.tasks)
     if e.simulator in HOSTED and (e.simulator not in SIMULATORS or run.world.device.type == "cpu"):
         return _hosted_env(run, e, slots)
+    if e.simulator == "maniskill":
+        return simulator_class(e.simulator)(len(slots), serial.to_dict(e), simulator_spec(e), run.world.device)
     return simulator_class(e.simulator)(
         num_slots=len(slots),
         tasks=e.tasks,

@@ -1,0 +1,1 @@
+"""ManiSkill 3 behind BatchedEnv, and the 25-object plate suite."""
