@@ -78,7 +78,9 @@ def train(
     changes = list(overrides or [])
     if nnodes > 1 and resume is not None:
         raise typer.BadParameter("--resume goes on on one machine; leave --nnodes away.")
-    if slurm and recipe is not None:
+    if slurm:
+        if recipe is None or resume is not None or out is not None or rdzv_endpoint is not None:
+            raise typer.BadParameter("--slurm takes RECIPE, overrides and --nnodes; its file states the rest.")
         typer.echo(run.slurm_file(recipe, changes, nnodes), nl=False)
         return
     nodes = _nodes(nnodes, rdzv_endpoint, node_rank, out)
@@ -93,6 +95,8 @@ def train(
     if recipe is None:
         raise typer.BadParameter("Name a recipe file or a shipped recipe (see `vlarl recipes`), or use --resume RUN_DIR.")
     if dry_run:
+        if nodes is not None:
+            raise typer.BadParameter("--dry-run plans one machine; see `vlarl plan --devices` for more.")
         plan(recipe, changes)
         return
     raise typer.Exit(run.start(run.load(recipe, changes), run.Launch("train", out, in_process=in_process, nodes=nodes)))

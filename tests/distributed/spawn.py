@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 60.0
 def cpu_plan(ranks: int) -> PlacementPlan:
     """A collocated plan of `ranks` CPU ranks, one thread each."""
     rank_plans = tuple(RankPlan(r, 0, r, "cpu", 1, ("env", "rollout", "learner"), (r, r + 1), (r, r + 1), (r, r + 1)) for r in range(ranks))
-    rollout, update = RolloutPlan(ranks, 1, 1, 0, 1, 1), UpdatePlan(ranks, 1, 1, ranks, 1, 1)
+    rollout, update = RolloutPlan(ranks, 1, 1, 0, 1, 1, 1), UpdatePlan(ranks, 1, 1, ranks, 1, 1)
     workers = WorkerGroup(1, ranks, "gloo")
     return PlacementPlan(PLAN_VERSION, "test", "collocated", "", 1, "float64", workers, rank_plans, rollout, update, (), "", None)
 

@@ -103,7 +103,7 @@ class NoSpans:
 def one_rank_plan() -> PlacementPlan:
     """One CPU rank that does everything."""
     rank = RankPlan(0, 0, 0, "cpu", 1, ("env", "rollout", "learner"), (0, 4), (0, 4), (0, 4))
-    rollout, update = RolloutPlan(4, 1, 1, 0, 1, 1), UpdatePlan(4, 1, 1, 4, 4, 1)
+    rollout, update = RolloutPlan(4, 1, 1, 0, 1, 1, 1), UpdatePlan(4, 1, 1, 4, 4, 1)
     workers = WorkerGroup(1, 1, "gloo")
     return PlacementPlan(PLAN_VERSION, "test", "collocated", "", 1, "float64", workers, (rank,), rollout, update, (), "", None)
 

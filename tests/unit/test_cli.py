@@ -179,6 +179,8 @@ def test_a_batch_file_is_printed_and_nothing_started(vlarl: Vlarl, supervised: l
     assert "#SBATCH --nodes=2" in text
     assert supervised == []
     assert list(tmp_path.iterdir()) == []
+    code, text, errors = vlarl("train", "--resume", "nowhere", "--slurm")
+    assert code == 2 and not text and "--slurm" in errors
 
 
 def test_the_default_folder_carries_the_name(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def plan_for(roles: Roles, stages: int) -> PlacementPlan:
         for r in sorted({*roles.env, *roles.rollout, *roles.learner})
     )
     base = vars(one_rank_plan())
-    return PlacementPlan(**{**base, "mode": roles.mode, "ranks": ranks, "rollout": RolloutPlan(SLOTS, stages, 1, 0, 1, GROUP)})
+    return PlacementPlan(**{**base, "mode": roles.mode, "ranks": ranks, "rollout": RolloutPlan(SLOTS, stages, 1, 0, 1, GROUP, 1)})
 
 
 def local_pool(slots: tuple[int, int], stages: int, feed: Feed, final: FinalFrames) -> LocalPool:

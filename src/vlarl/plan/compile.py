@@ -256,7 +256,7 @@ def _either(numbers: list[int]) -> str:
 
 
 def _chunks_per_slot(recipe: Recipe, chunks_per_episode: int) -> int:
-    """Chunks that a slot plays per update, at most."""
+    """Chunks that a slot plays per round of collecting, at most."""
     if isinstance(recipe.algorithm, Ppo):
         return recipe.algorithm.chunks_per_update
     return recipe.algorithm.episodes_per_update // recipe.env.parallel * chunks_per_episode
@@ -272,12 +272,13 @@ def _rollout_plan(recipe: Recipe, policy: PolicySpec, env: EnvSpec) -> RolloutPl
         episodes_per_slot=0 if isinstance(algorithm, Ppo) else algorithm.episodes_per_update // parallel,
         chunks_per_episode=-(-env.horizon // policy.chunk),
         group_size=1 if ppo else algorithm.group_size,  # type: ignore[union-attr]
+        rounds=1 if ppo else 1 + algorithm.resample_rounds,  # type: ignore[union-attr]
     )
 
 
 def _update_plan(recipe: Recipe, rollout: RolloutPlan, ranks: tuple[RankPlan, ...]) -> UpdatePlan:
     """A minibatch takes an even share of every slot's chunks, so a rank's part is at most slots x ceil(chunks / minibatches)."""
-    chunks = _chunks_per_slot(recipe, rollout.chunks_per_episode)
+    chunks = _chunks_per_slot(recipe, rollout.chunks_per_episode) * rollout.rounds
     minibatches = recipe.update.minibatches
     rank_samples = max(r.sample_slots[1] - r.sample_slots[0] for r in ranks) * -(-chunks // minibatches)
     microbatch = min(recipe.update.microbatch, rank_samples)
@@ -297,10 +298,11 @@ def _equation(recipe: Recipe, roles: Roles, rollout: RolloutPlan, update: Update
     if isinstance(recipe.algorithm, Ppo):
         left = f"{slots} x chunks ({rollout.chunk_steps}) = {update.samples} samples"
     else:
+        rounds = f"x rounds (<= {rollout.rounds}) " if rollout.rounds > 1 else ""
         left = (
             f"{slots} x episodes ({rollout.episodes_per_slot}) x chunks (<= {rollout.chunks_per_episode}) "
-            f"= at most {update.samples} samples "
-            f"in {rollout.parallel * rollout.episodes_per_slot // rollout.group_size} groups of {rollout.group_size}"
+            f"{rounds}= at most {update.samples} samples "
+            f"in {rollout.rounds * rollout.parallel * rollout.episodes_per_slot // rollout.group_size} groups of {rollout.group_size}"
         )
     rank_part = -(-update.minibatch_samples // len(roles.learner))
     learner = "per rank" if roles.mode == "collocated" else f"per learner rank ({len(roles.learner)})"

@@ -184,4 +184,4 @@ def _buffer_bytes(policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, slots:
     frame = env.views * env.height * env.width * 3 + env.state_dim * 4
     sample = frame + tokens * (8 + 4) + policy.chunk * (4 + 4 + 3) + 16  # token, log-prob; value, reward, flags; indices
     steps = rollout.chunk_steps or rollout.episodes_per_slot * rollout.chunks_per_episode
-    return slots * (steps + 1) * sample
+    return slots * (steps + 1) * sample * rollout.rounds

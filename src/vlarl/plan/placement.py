@@ -42,7 +42,8 @@ class WorkerGroup:
 @dataclass(frozen=True)
 class RolloutPlan:
     """parallel: global slots. chunk_steps: chunks per slot and update (PPO; 0 for GRPO). episodes_per_slot: episodes per slot and
-    update (GRPO; 0 for PPO). chunks_per_episode: ceil(horizon / chunk). group_size: slots that share an episode's start (1: none)."""
+    update (GRPO; 0 for PPO). chunks_per_episode: ceil(horizon / chunk). group_size: slots that share an episode's start (1: none).
+    rounds: collections per update, at most (dynamic sampling; else 1)."""
 
     parallel: int
     stages: int
@@ -50,6 +51,7 @@ class RolloutPlan:
     episodes_per_slot: int
     chunks_per_episode: int
     group_size: int
+    rounds: int
 
 
 @dataclass(frozen=True)

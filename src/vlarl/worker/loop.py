@@ -99,18 +99,17 @@ def improve(run: Context, trainer: Trainer, learner: Updates, update: int) -> tu
 
 def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatch, Targets]:
     """Play this update's episodes and judge them; with dynamic sampling, replace groups that teach nothing, up to the stated cap."""
-    algorithm, rollout, learners = run.recipe.algorithm, run.plan.rollout, run.world.learners
+    rollout, learners = run.plan.rollout, run.world.learners
     assert learners is not None
-    rounds = 1 + (algorithm.resample_rounds if isinstance(algorithm, Grpo) else 0)
     batch: TrajectoryBatch | None = None
-    for _ in range(rounds):
+    for _ in range(rollout.rounds):
         trainer.orders.give("collect", update)
         fresh = play(run, trainer)
         assert fresh is not None
         batch = fresh if batch is None else concatenate(batch, fresh)
         targets = judge(run, batch)
         groups = run.plan.rollout.parallel // rollout.group_size * rollout.episodes_per_slot
-        if rounds == 1 or all_reduce_sum(learners, torch.tensor(targets.kept_groups)) >= groups:
+        if rollout.rounds == 1 or all_reduce_sum(learners, torch.tensor(targets.kept_groups)) >= groups:
             break
         batch = batch.clone()  # the collector's buffers are used again
     assert batch is not None
