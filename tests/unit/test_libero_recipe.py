@@ -32,7 +32,7 @@ def problems(folder: Path, *overrides: str) -> list[str]:
 
 def test_what_libero_does_not_have_is_refused(tmp_path: Path) -> None:
     assert set(problems(tmp_path, "env.tasks=[libero_spatail, libero_goal, libero_goal-3, libero_10-10]", "env.reward=shaped")) == {
-        "env.reward = shaped (override): libero knows success alone. Use sparse.",
+        "env.reward = shaped (override): libero has no such reward. Use sparse.",
         "env.tasks = [libero_spatail, libero_goal, libero_goal-3, libero_10-10] (override): libero has no task 'libero_spatail'. "
         "Did you mean libero_spatial?",
         "env.tasks = [libero_spatail, libero_goal, libero_goal-3, libero_10-10] (override): 'libero_goal-3' is listed twice. "
