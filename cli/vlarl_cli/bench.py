@@ -24,7 +24,7 @@ from vlarl.plan.compile import compile_plan
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.profile import PROFILE_VERSION, Measured, Profile, check, without_traffic
-from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.plan.specs import check_weights, policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe
 from vlarl.recipe.schema import Placement, Recipe
 from vlarl_cli import charts, render
@@ -58,6 +58,8 @@ def bench(loaded: LoadedRecipe, options: BenchOptions) -> int:
     recipe = _recipe(loaded.recipe, cluster, options)
     costs = without_traffic(options.emulate) if options.emulate else options.profile
     chosen = _placements(recipe, cluster, options, costs)
+    if options.emulate is None:
+        check_weights(recipe)
     out = _folder(recipe, options)
     rows: list[Row] = rundir.read_json(out / "results.json") or []
     failed = []
@@ -91,6 +93,7 @@ def write_profile(loaded: LoadedRecipe, path: Path, out: Path | None) -> int:
     recipe = replace(loaded.recipe, ranks=1, placement=Placement(mode="collocated"), warmstart=())
     cluster = discover(recipe.device)
     plan = compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env), "train", loaded.origins)
+    check_weights(recipe)
     run = rundir.create(out or rundir.default_path(f"{recipe.name}-profile", time.time()), recipe, plan, 0)
     result = _supervised(run, plan, recipe, worker_arguments(run.path, "profile"))
     if isinstance(result, int):

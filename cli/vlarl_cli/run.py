@@ -85,10 +85,15 @@ def start(loaded: LoadedRecipe, launch: Launch) -> int:
 
 
 def _located(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths, links followed: resuming from another folder, or after `best` has moved on, finds the same weights."""
+    """The recipe with whole paths, links followed: resuming from another folder, or after `best` has moved on, finds the same weights.
+
+    What is not here keeps its name, under which it can be planned for; `check_weights` then says how to get it.
+    """
     p = recipe.policy
-    checkpoint = p.checkpoint if p.checkpoint.startswith(BUILT_IN) else str(Path(p.checkpoint).expanduser().resolve())
-    adapter = None if p.adapter is None else str(Path(p.adapter).expanduser().resolve())
+    checkpoint, adapter = (
+        str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().is_dir() else name for name in (p.checkpoint, p.adapter)
+    )
+    assert checkpoint is not None
     return replace(recipe, policy=replace(p, checkpoint=checkpoint, adapter=adapter))
 
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "rng": (),
     "envs.spec": (),
     "policies.spec": (),
+    "policies.published": (),
     "serial": ("errors",),
     "types": ("envs.spec",),
     "envs.tabletop.spec": ("envs.spec", "errors"),
@@ -26,7 +27,7 @@ ALLOWED = {
     "envs.maniskill.spec": ("envs.spec", "envs.maniskill.plate_settings"),
     "envs.maniskill.plate_settings": (),
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
-    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
+    "recipe": ("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec", "policies.published"),
     "plan": (
         *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
         *("policies.spec", "policies.layout", "policies.adapter"),
@@ -51,7 +52,7 @@ ALLOWED = {
 }
 # What the control process is made of.
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
-TORCH_FREE += ("policies.spec", "policies.layout")
+TORCH_FREE += ("policies.spec", "policies.layout", "policies.published")
 TORCH_FREE += ("policies.adapter", "policies.weight_files")
 TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
 

@@ -15,20 +15,23 @@ from vlarl.plan.cluster import Cluster
 from vlarl.plan.compile import compile_plan, rank_count
 from vlarl.plan.memory import checkpoint_bytes
 from vlarl.plan.placement import PlacementPlan, phase_bytes
-from vlarl.plan.specs import simulator_spec
+from vlarl.plan.specs import policy_spec, simulator_spec
+from vlarl.policies.published import PUBLISHED
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.load import load_recipe
 from vlarl.recipe.schema import Env, Eval, Grpo, Lora, Placement, Policy, Ppo, Recipe, Update, Warmstart
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+PUBLISHED_RUNS = [path for path in SHIPPED if load_recipe(path, []).policy.checkpoint in PUBLISHED]
+RECIPES = [path for path in SHIPPED if path not in PUBLISHED_RUNS]
 POLICY = PolicySpec("openvla-oft", 64, 1, 4, 7, 0, "tabletop", 1_000_000, 96, 3, 68)
 ENV = EnvSpec("tabletop", ("put",), 1, 64, 64, 8, 7, 48)
 LAPTOP = Cluster(cores=8, host_bytes=16 * 2**30, reason="test")
 RECIPE = Recipe(name="a", policy=Policy(checkpoint="scratch:tiny"), algorithm=Ppo(chunks_per_update=12), update=Update(minibatches=4))
 
 
-def gpus(count: int, nodes: int = 1) -> Cluster:
-    memory = {"device_bytes": 80 * 2**30, "host_bytes": 2**40}
+def gpus(count: int, nodes: int = 1, gib: int = 80) -> Cluster:
+    memory = {"device_bytes": gib * 2**30, "host_bytes": 2**40}
     return Cluster(nodes=nodes, devices_per_node=count, device="cuda", device_name="H100", cores=64, **memory)
 
 
@@ -191,3 +194,46 @@ def test_shipped_recipes_compile(path: Path, cluster: Cluster) -> None:
 def test_shipped_recipes_compile_on_cpu_ranks(path: Path, ranks: int) -> None:
     recipe = load_recipe(path, [f"ranks={ranks}"])
     assert len(compile_plan(recipe, LAPTOP, POLICY, simulator_spec(recipe.env)).ranks) == ranks
+
+
+def test_there_is_a_recipe_for_every_published_checkpoint() -> None:
+    assert {load_recipe(path, []).policy.checkpoint for path in PUBLISHED_RUNS} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", PUBLISHED_RUNS, ids=lambda p: p.stem)
+def test_published_runs_fit_eight_gpus_and_say_what_smaller_machines_need(path: Path) -> None:
+    def planned(cluster: Cluster, *changes: str) -> PlacementPlan:
+        recipe = load_recipe(path, list(changes))
+        return compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env))
+
+    recipe = load_recipe(path, [])
+    assert len(path.read_text().splitlines()) <= 30
+    assert recipe.summary
+    whole = planned(gpus(8))
+    # The published batches: 640 samples an optimiser step on ManiSkill, 16384 on LIBERO.
+    assert whole.update.minibatch_samples == (16384 if recipe.env.simulator == "libero" else 640)
+    assert len(planned(gpus(2)).ranks) == 2
+    if recipe.policy.lora is None:
+        with pytest.raises(PlanError, match="Adam.s moments, sharded most of all") as full:
+            planned(gpus(1))
+        assert full.value.hint == "Use more ranks or policy.lora."
+    lora = "policy.lora={rank: 32}"
+    assert planned(gpus(1), lora).update.minibatch_samples == whole.update.minibatch_samples
+    # 7.5 billion float32 weights are 28.1 GiB: no setting fits them into 24, eight such GPUs share them.
+    small = (lora, "env.parallel=16", "eval.parallel=8", "update.microbatch=4")
+    with pytest.raises(PlanError, match=r"master weights, sharded most of all \(28.1 GiB\)") as little:
+        planned(gpus(1, gib=24), *small)
+    assert little.value.hint == "Use more ranks, which share the weights."
+    assert len(planned(gpus(8, gib=24), *small[:1], "env.parallel=64", *small[2:]).ranks) == 8
+
+
+def test_maniskill_lives_in_the_rank_on_a_gpu_and_beside_it_on_a_cpu() -> None:
+    env = Env(simulator="maniskill", tasks=("PickCube-v1",), parallel=4)
+    rows = [
+        {row.component: row for row in compile_plan(with_(env=env), cluster, POLICY, simulator_spec(env)).memory if row.phase == "update"}
+        for cluster in (replace(LAPTOP, cores=1), gpus(1))
+    ]
+    assert rows[0]["simulator processes"].bytes == 4 * 1_100_000_000
+    assert rows[1]["simulator's scenes, never moved"].bytes == 4 * 640 * 480 * 64
+    assert rows[1]["simulator's scenes, never moved"].where == "device"
+    assert "simulator processes" not in rows[1]

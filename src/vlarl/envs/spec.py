@@ -31,7 +31,7 @@ class EnvSpec:
     tasks: names, indexed by EpisodeSpec.task. views: number of RGB cameras. height, width: pixels.
     state_dim: length of the proprioceptive vector (0: none). action_dim: numbers per action, each in [-1, 1]
     before un-normalisation. horizon: control steps after which an episode is truncated. slot_bytes: memory of a slot that is played in a
-    process of its own; 0: slots live in the rank.
+    process of its own; 0: slots live in the rank. gpu_slot_bytes: the same where slots live in the rank on a GPU and nowhere else.
     """
 
     name: str
@@ -43,3 +43,4 @@ class EnvSpec:
     action_dim: int
     horizon: int
     slot_bytes: int = 0
+    gpu_slot_bytes: int = 0

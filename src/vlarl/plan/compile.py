@@ -63,7 +63,7 @@ def compile_plan(
     capacity, host = _capacity(cluster, ranks)
     residency = decide(recipe.placement.offload, memory, capacity, cluster.device)
     memory = place(memory, residency, cluster.device)
-    check(memory, capacity, host, cluster.device_name)
+    check(memory, capacity, host, cluster.device_name, recipe.policy.lora is not None)
     return PlacementPlan(
         version=PLAN_VERSION,
         name=recipe.name,

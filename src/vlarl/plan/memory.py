@@ -72,7 +72,7 @@ def estimate(
     if sizes.evaluation_slots:
         phases["evaluation"] = resident + _acting(policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots)
         if env.slot_bytes:  # an evaluation has simulators of its own
-            phases["evaluation"] += _scenes(env, sizes.evaluation_slots)
+            phases["evaluation"] += _scenes(env, sizes.evaluation_slots, sizes.device)
     rows = []
     for phase, line in ((phase, line) for phase, lines in phases.items() for line in lines):
         where: Literal["device", "host"] = "host" if line.host and sizes.device == "cuda" else "device"
@@ -98,15 +98,15 @@ def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, jo
     elif sizes.policy_slots:
         lines.append(_Line("policy, whole, for acting", policy.parameters * compute))
     if sizes.env_slots and job != "eval":
-        lines += _scenes(env, sizes.env_slots)
+        lines += _scenes(env, sizes.env_slots, sizes.device)
     return lines
 
 
-def _scenes(env: EnvSpec, slots: int) -> list[_Line]:
+def _scenes(env: EnvSpec, slots: int, device: Literal["cpu", "cuda"]) -> list[_Line]:
     """What so many slots of a simulator take up between frames: on the device, or in processes of their own."""
-    if env.slot_bytes:
+    if env.slot_bytes and not (env.gpu_slot_bytes and device == "cuda"):
         return [_Line(HOSTS, slots * env.slot_bytes, host=True)]
-    return [_Line("simulator's scenes, never moved", slots * SCENE_BYTES)]
+    return [_Line("simulator's scenes, never moved", slots * (env.gpu_slot_bytes or SCENE_BYTES))]
 
 
 def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int) -> list[_Line]:

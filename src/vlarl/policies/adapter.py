@@ -8,6 +8,7 @@ from typing import Any
 
 from vlarl.errors import CheckpointError
 from vlarl.policies.layout import resolve_folder
+from vlarl.policies.published import download_hint
 from vlarl.policies.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -57,7 +58,9 @@ def read_adapter(folder: Path) -> Adapter:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file.", "Give a folder as PEFT's save_pretrained writes it.") from None
+        hint = "Give a folder as PEFT's save_pretrained writes it."
+        hint = hint if folder.is_dir() else download_hint(str(folder), hint)
+        raise CheckpointError(f"{path}: there is no such file.", hint) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error!r}.", "Give a folder as PEFT's save_pretrained writes it.") from error
     changed = [name for name, values in PLAIN.items() if name in config and config[name] not in values]

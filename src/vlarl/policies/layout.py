@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vlarl.errors import CheckpointError
+from vlarl.policies.published import ACTION_DIM, OPENVLA_7B, PUBLISHED, download_hint
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.towers import tower_shape
 from vlarl.policies.weight_files import INDEX, WEIGHTS, read_weights
@@ -125,7 +126,8 @@ def resolve_folder(source: str) -> tuple[Path, bool]:
             return folder, prefix == "scratch:"
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"{source}: there is no such policy folder.", "Give a folder, bundled:NAME or scratch:NAME.")
+        hint = download_hint(source, "Give a folder, bundled:NAME or scratch:NAME.")
+        raise CheckpointError(f"{source}: there is no such policy folder.", hint)
     return folder, False
 
 
@@ -191,12 +193,17 @@ def read_config(folder: Path, stated: Mapping[str, Any] | None = None) -> OpenVL
     own = "vlarl" in raw
     stated = dict(stated or {})
     extras = FORMER | raw["vlarl"] if own else _published_extras(folder, raw, stated.get("kind"))
+    return _build(raw, extras, stated, str(path))
+
+
+def _build(raw: dict[str, Any], extras: dict[str, Any], stated: Mapping[str, Any], where: str) -> OpenVLAConfig:
+    """config.json's facts (raw) with the settings around them (extras), of which a recipe may state some."""
     wrong = sorted(set(EXTRAS) ^ set(extras))
     if wrong:
-        raise CheckpointError(f'{path}: "vlarl" must hold exactly {", ".join(EXTRAS)}; differs in {", ".join(wrong)}.')
-    extras |= {name: value for name, value in stated.items() if name != "kind"}
+        raise CheckpointError(f'{where}: "vlarl" must hold exactly {", ".join(EXTRAS)}; differs in {", ".join(wrong)}.')
+    extras = extras | {name: value for name, value in stated.items() if name != "kind"}
     if extras["kind"] == "openvla" and extras["chunk"] != 1:
-        raise CheckpointError(f"{folder}: OpenVLA decodes one action at a time, not {extras['chunk']}.", "Set policy.chunk to 1.")
+        raise CheckpointError(f"{where}: OpenVLA decodes one action at a time, not {extras['chunk']}.", "Set policy.chunk to 1.")
     text = dict(raw["text_config"])
     text["vocab_size"] = {**LLAMA_DEFAULTS, **text}["vocab_size"]
     return OpenVLAConfig(
@@ -235,13 +242,19 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
     elif kind is None:
         message = f"{folder}: its files do not tell whether it was trained as OpenVLA or as OpenVLA-OFT."
         raise CheckpointError(message, "Set policy.kind to openvla or openvla-oft (vlarl eval: --policy kind=openvla-oft).")
+    length = len(entry["action"]["q01"])
+    return _usual(kind, length, len(entry["proprio"]["q01"]) if proprio else 0, "l1" if regression else "tokens")
+
+
+def _usual(kind: str, action_dim: int, proprio_dim: int, head: str) -> dict[str, Any]:
+    """The settings that are not in published files, as each family's authors have them."""
     oft = kind == "openvla-oft"
     return {
         "kind": kind,
         "chunk": 8 if oft else 1,
-        "action_dim": len(entry["action"]["q01"]),
+        "action_dim": action_dim,
         "views": 1,
-        "proprio_dim": len(entry["proprio"]["q01"]) if proprio else 0,
+        "proprio_dim": proprio_dim,
         "stop_token": oft,
         "normalization": "quantiles",
         "epsilon": oft,
@@ -249,7 +262,7 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
         "value_outputs": 0,
         "resize": "pil",
         "crop": False,
-        "head": "l1" if regression else "tokens",
+        "head": head,
     }
 
 
@@ -274,7 +287,14 @@ def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
 
 
 def read_policy_spec(source: str, unnorm_key: str | None = None, stated: Mapping[str, Any] | None = None) -> PolicySpec:
-    """PolicySpec of a folder, `bundled:NAME` or `scratch:NAME`, from its JSON files alone. CheckpointError as in `load_policy`."""
+    """PolicySpec of a folder, `bundled:NAME` or `scratch:NAME`, from its JSON files alone. CheckpointError as in `load_policy`.
+
+    A published checkpoint that is not on this machine is known by its Hub id.
+    """
+    if source in PUBLISHED and not Path(source).is_dir():
+        kind, key = PUBLISHED[source]
+        config = _build(OPENVLA_7B, _usual(kind, ACTION_DIM, 0, "tokens"), stated or {}, source)
+        return spec_from(config, choose_unnorm_key({key: {}}, unnorm_key, source))
     folder, _ = resolve_folder(source)
     config = read_config(folder, stated)
     return spec_from(config, choose_unnorm_key(read_statistics(folder, config.raw), unnorm_key, str(folder)))

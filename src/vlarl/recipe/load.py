@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from vlarl.errors import RecipeError
+from vlarl.policies.published import PUBLISHED, download_hint
 from vlarl.recipe.document import Document, Key, dotted, merge, overrides, read
 from vlarl.recipe.rules import line_order, recipe_clashes, sentence, show
 from vlarl.recipe.schema import Recipe
@@ -94,14 +95,14 @@ def _touches(name: str, blamed: set[str]) -> bool:
 
 
 def _checkpoint_problems(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
-    """The folder must be there; built-in names are looked up by the policy's own reader."""
+    """The folder must be there, or what it would hold be known; built-in names are looked up by the policy's own reader."""
     name = recipe.policy.checkpoint
-    if name.startswith(("bundled:", "scratch:")) or Path(name).is_dir():
+    if name.startswith(("bundled:", "scratch:")) or name in PUBLISHED or Path(name).is_dir():
         return []
     where = f"policy.checkpoint = {show(name)} ({origins.get('policy.checkpoint', 'default')})"
     if Path(name).exists():
         return [f"{where}: is a file; a policy is a folder with config.json and model weights. Name the folder."]
-    return [f"{where}: no such folder. Give a folder, bundled:NAME or scratch:NAME."]
+    return [f"{where}: no such folder. {download_hint(name, 'Give a folder, bundled:NAME or scratch:NAME.')}"]
 
 
 # ---------------------------------------------------------------- schema mistakes

@@ -115,7 +115,8 @@ class Policy:
     kind: Literal["openvla", "openvla-oft"] | None = None
     """Family; null: as the checkpoint's files say. Needed where they do not: both families publish the same weights and configuration."""
     checkpoint: str
-    """Folder or Hub id; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration)."""
+    """Folder; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration); or the Hub id of a
+    published checkpoint, which is planned for without its files, and trained in a folder of that name."""
     adapter: str | None = None
     """Folder of a PEFT LoRA adapter, merged into the checkpoint's weights when they are read."""
     unnorm_key: str | None = None

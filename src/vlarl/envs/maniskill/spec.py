@@ -8,6 +8,7 @@ from vlarl.envs.spec import EnvSpec
 
 STATE_DIM = 8
 SLOT_BYTES = 1_100_000_000  # of a process with one scene and pictures: 0.8 to 1.3 GB were measured
+GPU_SLOT_BYTES = 640 * 480 * 64  # of a slot on a GPU, estimated: the buffers of a camera as large as the plate suite's
 ACTION_DIM = 7
 PLATE_TASK = "PutOnPlateInScene25Main-v3"  # plays every setting of the plate suite, by env.variation
 VARIATIONS = tuple(SETTINGS)
@@ -45,4 +46,6 @@ def spelt_out(task: str) -> str:
 
 def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, cameras: int) -> EnvSpec:
     """What `plan` checks a policy against. cameras: how many are named; none stands for the task's first."""
-    return EnvSpec("maniskill", tuple(tasks), max(1, cameras), image_size, image_size, STATE_DIM, ACTION_DIM, horizon, SLOT_BYTES)
+    views = max(1, cameras)
+    bytes_ = (SLOT_BYTES, GPU_SLOT_BYTES * views)
+    return EnvSpec("maniskill", tuple(tasks), views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, *bytes_)

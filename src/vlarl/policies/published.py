@@ -1,0 +1,35 @@
+"""Owns what is known of published checkpoints before they are downloaded, so that a run with one can be planned anywhere. Stdlib only."""
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# What config.json of openvla/openvla-7b says about its shape; everything listed below was fine-tuned from it and has the same 982 tensors.
+OPENVLA_7B: dict[str, Any] = {
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "image_sizes": [224, 224],
+    "image_resize_strategy": "resize-naive",
+    "text_config": {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064},
+    "pad_token_id": 32000,
+    "pad_to_multiple_of": 64,
+    "n_action_bins": 256,
+}
+ACTION_DIM = 7  # of every robot in their action statistics
+# Hub id -> family, and the action statistics that it is used with. All emit action tokens, from one view and no state.
+PUBLISHED = {
+    "gen-robot/openvla-7b-rlvla-warmup": ("openvla", "bridge_orig"),
+    "RLinf/RLinf-OpenVLAOFT-ManiSkill-Base-Main": ("openvla-oft", "bridge_orig"),
+    "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1": ("openvla-oft", "libero_spatial_no_noops"),
+    "Haozhan72/Openvla-oft-SFT-libero-object-traj1": ("openvla-oft", "libero_object_no_noops"),
+    "Haozhan72/Openvla-oft-SFT-libero-goal-traj1": ("openvla-oft", "libero_goal_no_noops"),
+    "Haozhan72/Openvla-oft-SFT-libero10-traj1": ("openvla-oft", "libero_10_no_noops"),
+    "RLinf/RLinf-OpenVLAOFT-LIBERO-90-Base-Lora": ("openvla-oft", "libero_90_no_noops_trajall"),
+    "RLinf/RLinf-OpenVLAOFT-LIBERO-130-Base-Lora": ("openvla-oft", "libero_130_no_noops_trajall"),
+}
+
+
+def download_hint(name: str, otherwise: str) -> str:
+    """`otherwise`, and how to get a policy or an adapter that is not on this machine where its name may be a Hub id."""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        return otherwise
+    return f"{otherwise} From the Hub: `hf download {name} --local-dir {name}`."

@@ -1,0 +1,80 @@
+"""Published checkpoints: what is known of them without their files, and what is said where the files are needed."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.command_line import Vlarl, command_line
+from vlarl import serial
+from vlarl.errors import CheckpointError
+from vlarl.plan.cluster import Cluster
+from vlarl.policies.adapter import read_adapter
+from vlarl.policies.layout import read_policy_spec
+from vlarl.policies.published import OPENVLA_7B, PUBLISHED, download_hint
+from vlarl_cli import run
+
+GPUS = Cluster(devices_per_node=8, device="cuda", device_name="H100", device_bytes=80 * 2**30, cores=64, host_bytes=2**40)
+OFT = "Haozhan72/Openvla-oft-SFT-libero-goal-traj1"
+
+
+@pytest.fixture
+def vlarl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlarl:
+    return command_line(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_download_has_the_facts_that_were_known_before_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, key = PUBLISHED[name]
+    known = read_policy_spec(name)
+    assert known.parameters == 7_541_237_184  # of the 982 tensors in the published index
+    assert (known.kind, known.unnorm_key, known.image_size, known.layers, known.hidden_size) == (kind, key, 224, 32, 4096)
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(OPENVLA_7B))
+    statistics = {key: {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    monkeypatch.chdir(tmp_path)
+    assert read_policy_spec(name, key, {"kind": kind}) == known
+    assert read_policy_spec(str(folder), key, {"kind": kind}) == known
+    (folder / "dataset_statistics.json").write_text(json.dumps({"mine": statistics[key]}))
+    assert read_policy_spec(name, None, {"kind": kind}).unnorm_key == "mine"  # the folder speaks for itself
+
+
+def test_settings_of_a_recipe_count_before_the_download() -> None:
+    with_stop, without = read_policy_spec(OFT), read_policy_spec(OFT, None, {"stop_token": False, "chunk": 4})
+    assert (without.chunk, with_stop.sequence_length - without.sequence_length) == (4, 1 + 4 * 7)
+    assert read_policy_spec(OFT, "libero_goal").unnorm_key == "libero_goal_no_noops"
+    with pytest.raises(CheckpointError, match="policy.unnorm_key = 'bridge_orig' is not among"):
+        read_policy_spec(OFT, "bridge_orig")
+
+
+def test_hints_name_the_command_only_where_a_name_may_be_a_hub_id() -> None:
+    for path in ("/data/openvla", "a/b/c", "x"):
+        assert download_hint(path, "Give one.") == "Give one."
+    assert download_hint("a/b-7b", "Give one.") == "Give one. From the Hub: `hf download a/b-7b --local-dir a/b-7b`."
+    with pytest.raises(CheckpointError) as caught:
+        read_adapter(Path("RLinf/some-lora"))
+    assert "`hf download RLinf/some-lora --local-dir RLinf/some-lora`" in str(caught.value.hint)
+
+
+def test_a_run_is_planned_without_its_checkpoint_and_starts_only_with_it(
+    vlarl: Vlarl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = tmp_path / "cluster.json"
+    cluster.write_text(serial.dumps(GPUS))
+    code, text, _ = vlarl("plan", "libero-goal-oft-grpo", "--cluster", str(cluster), "--json")
+    assert code == 0
+    assert json.loads(text)["update"]["samples"] == 64 * 16 * 64  # slots x episodes x chunks
+    small = replace(GPUS, devices_per_node=1)
+    cluster.write_text(serial.dumps(small))
+    code, _, text = vlarl("plan", "libero-goal-oft-grpo", "--cluster", str(cluster))
+    assert (code, "policy.lora" in text) == (2, True)
+    monkeypatch.setattr(run, "discover", lambda device: GPUS)
+    code, _, text = vlarl("train", "libero-goal-oft-grpo", "--out", "out")
+    assert code == 2
+    assert f"{OFT}: there is no such policy folder." in text
+    assert f"`hf download {OFT} --local-dir {OFT}`" in text
+    assert not (tmp_path / "out").exists()
