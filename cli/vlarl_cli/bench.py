@@ -23,7 +23,7 @@ from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
-from vlarl.plan.profile import PROFILE_VERSION, Measured, Profile, check, without_traffic
+from vlarl.plan.profile import PROFILE_VERSION, Measured, Profile, check, check_chunk, without_traffic
 from vlarl.plan.specs import check_weights, policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe
 from vlarl.recipe.schema import Placement, Recipe
@@ -54,6 +54,8 @@ class BenchOptions:
 
 def bench(loaded: LoadedRecipe, options: BenchOptions) -> int:
     """Run every placement that has no row yet. Returns the exit code: 0; 1 where one failed; 128 + n for signal n."""
+    if options.profile is not None:
+        check_chunk(options.profile, policy_spec(loaded.recipe).chunk, loaded.recipe.policy.checkpoint)
     cluster = _cluster(loaded.recipe, options)
     recipe = _recipe(loaded.recipe, cluster, options)
     costs = without_traffic(options.emulate) if options.emulate else options.profile

@@ -14,7 +14,7 @@ from vlarl.plan.cluster import Cluster, discover
 from vlarl.plan.compile import compile_plan, rank_count
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import Phase, PlacementPlan
-from vlarl.plan.profile import Profile
+from vlarl.plan.profile import Profile, check_chunk
 from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.recipe.load import LoadedRecipe
 from vlarl.recipe.rules import show
@@ -54,6 +54,7 @@ def show_comparison(
     loaded: LoadedRecipe, devices: int | None, cluster: Cluster | None, profile: Profile, quiet: bool = False
 ) -> PlacementPlan:
     """Print the table and the winner's block (unless quiet); returns the winner's plan. Raises PlanError where nothing fits."""
+    check_chunk(profile, policy_spec(loaded.recipe).chunk, loaded.recipe.policy.checkpoint)
     recipe = loaded.recipe if devices is None else replace(loaded.recipe, ranks=None, device="cuda")
     there = imagined_cluster(devices) if devices is not None else cluster or discover(recipe.device)
     rows = compared(recipe, there, profile)

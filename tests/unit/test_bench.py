@@ -152,8 +152,10 @@ def test_write_profile(vlarl: Vlarl, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "predicted from the measured costs of mine" in text
 
 
-def test_plan_compares_placements_on_machines_that_are_not_here(vlarl: Vlarl) -> None:
-    arguments = ("plan", "debug", "env.parallel=8192", "--devices", "256", "--profile", "openvla-oft-maniskill")
+def test_plan_compares_placements_on_machines_that_are_not_here(vlarl: Vlarl, tmp_path: Path) -> None:
+    fitting = replace(read_profile("openvla-oft-maniskill"), actions_per_chunk=4)
+    (tmp_path / "p.yaml").write_text(profile_text(fitting))
+    arguments = ("plan", "debug", "env.parallel=8192", "--devices", "256", "--profile", "p.yaml")
     code, text, _ = vlarl(*arguments)
     assert code == 0
     assert "256 devices, predicted" in text
@@ -161,7 +163,17 @@ def test_plan_compares_placements_on_machines_that_are_not_here(vlarl: Vlarl) ->
     assert "placement: {mode: collocated, stages: 1}" in text
     assert len(json.loads(vlarl(*arguments, "--json")[1])["ranks"]) == 256
     assert vlarl("plan", "debug", "--devices", "256")[0] == 2
-    assert vlarl("plan", "debug", "--devices", "256", "--profile", "openvla-maniskill")[0] == 2
+    assert vlarl("plan", "debug", "--devices", "256", "--profile", "p.yaml")[0] == 2
+
+
+def test_costs_of_another_chunk_length_are_refused(vlarl: Vlarl, runs: list[tuple[str, ...]]) -> None:
+    """By every command that predicts from them; what is slept for is nobody's policy."""
+    predicting = ("plan", "--profile", "openvla-maniskill"), ("bench-placement", "--devices", "4", "--profile", "openvla-maniskill")
+    for command, *last in (*predicting, ("plan", "ranks=4", "placement.profile=openvla-maniskill")):
+        code, _, problem = vlarl(command, *DEBUG, *last)
+        assert code == 2
+        assert "holds costs of 1 actions per forward pass" in problem and "emits 4" in problem
+    assert not runs
 
 
 @pytest.mark.parametrize("name", shipped_profiles())

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from vlarl.envs.base import HOSTED, SIMULATORS
 from vlarl.envs.maniskill import plate_pictures
 from vlarl.envs.maniskill.brdf import brdf_table
 from vlarl.envs.maniskill.plate_assets import read_assets
 from vlarl.envs.maniskill.spec import PLATE_TASK, is_task_id, spelt_out
-from vlarl.errors import MachineError
+from vlarl.errors import MachineError, PlanError
+from vlarl.plan.cluster import Cluster
+from vlarl.plan.compile import compile_plan
+from vlarl.plan.memory import HOSTS, SCENES
 from vlarl.plan.specs import simulator_spec
+from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.rules import recipe_clashes
-from vlarl.recipe.schema import Env, Maniskill, Policy, Recipe
+from vlarl.recipe.schema import Env, Eval, Maniskill, Placement, Policy, Recipe, Update
 
 
 def blamed(**env: Any) -> list[str]:
@@ -39,6 +44,29 @@ def test_facts() -> None:
     assert simulator_spec(Env(simulator="maniskill", tasks=("PickCube-v1",))).views == 1
     assert is_task_id("MS-AntWalk-v1") and not is_task_id("libero_goal-3")
     assert spelt_out("LiftPegUpright-v1") == "lift peg upright"
+
+
+def test_memory_is_counted_where_the_scenes_are() -> None:
+    """64 scenes in processes of 1.1 GB each overflow 64 GiB; on a GPU they are two batches in the rank, and 16 more evaluate."""
+    env = Env(simulator="maniskill", tasks=("PickCube-v1",), parallel=64)
+    placement, evaluation = Placement(mode="collocated", stages=2), Eval(every=1, parallel=16)
+    update, chosen = Update(minibatches=1), Policy(checkpoint="x")
+    recipe = Recipe(name="a", ranks=1, env=env, policy=chosen, update=update, placement=placement, eval=evaluation)
+    policy = PolicySpec("openvla-oft", 64, 1, 4, 7, 0, "x", 1_000_000, 96, 3, 68)
+    gpu = Cluster(devices_per_node=1, device="cuda", cores=8, device_bytes=80 * 2**30, host_bytes=64 * 2**30)
+    plan = compile_plan(recipe, gpu, policy, simulator_spec(env))
+    assert HOSTS not in {row.component for row in plan.memory}
+    scenes = [(row.phase, row.where, row.bytes / 2**29) for row in plan.memory if row.component == SCENES]
+    kept, evaluated = 2 * 3 + 64 / 16, 3 + 16 / 16  # in units of 512 MiB: 3 per batch, 1 per 16 scenes
+    assert scenes == [(phase, "device", kept) for phase in ("rollout", "update", "evaluation")] + [("evaluation", "device", evaluated)]
+    with pytest.raises(PlanError, match="simulator processes most of all"):
+        compile_plan(recipe, Cluster(cores=8, host_bytes=64 * 2**30), policy, simulator_spec(env))
+
+
+@pytest.mark.parametrize("name", ["tabletop", "libero", "maniskill"])
+def test_specs_say_where_the_scenes_are(name: str) -> None:
+    spec = simulator_spec(Env(simulator=name))  # type: ignore[arg-type]
+    assert (spec.slot_bytes > 0, spec.gpu_slot_bytes > 0) == (name in HOSTED, name in HOSTED and name in SIMULATORS)
 
 
 def test_brdf_table() -> None:

@@ -31,7 +31,8 @@ class EnvSpec:
     tasks: names, indexed by EpisodeSpec.task. views: number of RGB cameras. height, width: pixels.
     state_dim: length of the proprioceptive vector (0: none). action_dim: numbers per action, each in [-1, 1]
     before un-normalisation. horizon: control steps after which an episode is truncated. slot_bytes: memory of a slot that is played in a
-    process of its own; 0: slots live in the rank. gpu_slot_bytes: the same where slots live in the rank on a GPU and nowhere else.
+    process of its own; 0: slots live in the rank. gpu_batch_bytes, gpu_slot_bytes: device memory where a rank with a GPU plays the slots
+    itself instead, of a batch and of every slot in it; 0: a GPU makes no difference.
     """
 
     name: str
@@ -43,4 +44,5 @@ class EnvSpec:
     action_dim: int
     horizon: int
     slot_bytes: int = 0
+    gpu_batch_bytes: int = 0
     gpu_slot_bytes: int = 0

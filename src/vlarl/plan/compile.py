@@ -12,7 +12,7 @@ from vlarl.plan.choose import choose, label, rule_of_thumb
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.memory import Job, Sizes, estimate
 from vlarl.plan.placement import PLAN_VERSION, MemoryRow, PlacementPlan, RankPlan, RolloutPlan, UpdatePlan, WorkerGroup
-from vlarl.plan.profile import Profile
+from vlarl.plan.profile import Profile, check_chunk
 from vlarl.plan.residency import check, decide, place
 from vlarl.plan.roles import Roles, assign, env_slots, policy_slots, sample_slots, slots_fit, split_clash, stated_ranks
 from vlarl.policies.spec import PolicySpec
@@ -35,12 +35,8 @@ def compile_plan(
 
     origins: dotted field -> where it was written, for the messages. profile: costs that mode auto chooses by.
     """
-    if profile is not None and profile.actions_per_chunk != policy.chunk:
-        raise PlanError(
-            f"placement.profile: {profile.name} holds costs of {profile.actions_per_chunk} actions per forward pass, and the policy "
-            f"{recipe.policy.checkpoint} emits {policy.chunk}.",
-            "Measure a profile of this recipe with `vlarl bench-placement --write-profile`, or choose a mode.",
-        )
+    if profile is not None:
+        check_chunk(profile, policy.chunk, recipe.policy.checkpoint)
     recipe, reason = _with_mode(recipe, cluster, policy, env, job, profile)
     ranks = rank_count(recipe, cluster)
     roles, clashes = assign(recipe.placement, ranks, cluster.nodes)

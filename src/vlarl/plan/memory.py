@@ -20,6 +20,7 @@ Job = Literal["train", "sft", "eval"]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 BUFFER = "rollout buffer (frames as uint8)"
 HOSTS = "simulator processes"
+SCENES = "simulator's scenes, never moved"
 BINS = 256  # action bins: logits per token
 ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
 CHECKPOINTED_BYTES = 2 / 2
@@ -59,7 +60,7 @@ def estimate(
     recipe: Recipe, policy: PolicySpec, env: EnvSpec, rollout: RolloutPlan, update: UpdatePlan, sizes: Sizes, job: Job
 ) -> tuple[MemoryRow, ...]:
     """Rows per rank, every part on the device. What stays resident is listed in every phase, so that a phase's rows add up to its need."""
-    resident = _resident(recipe, policy, env, sizes, job)
+    resident = _resident(recipe, policy, env, rollout.stages, sizes, job)
     collected = functools.partial(_collected, policy, env, rollout)
     phases: dict[Phase, list[_Line]] = {}
     if job != "eval":
@@ -72,7 +73,7 @@ def estimate(
     if sizes.evaluation_slots:
         phases["evaluation"] = resident + _acting(policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots)
         if env.slot_bytes:  # an evaluation has simulators of its own
-            phases["evaluation"] += _scenes(env, sizes.evaluation_slots, sizes.device)
+            phases["evaluation"] += _scenes(env, sizes, sizes.evaluation_slots, 1)
     rows = []
     for phase, line in ((phase, line) for phase, lines in phases.items() for line in lines):
         where: Literal["device", "host"] = "host" if line.host and sizes.device == "cuda" else "device"
@@ -80,7 +81,7 @@ def estimate(
     return tuple(rows)
 
 
-def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, job: Job) -> list[_Line]:
+def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, stages: int, sizes: Sizes, job: Job) -> list[_Line]:
     """What a rank holds from beginning to end."""
     compute = BYTES[sizes.dtype]
     master = max(4, compute)
@@ -98,15 +99,17 @@ def _resident(recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, jo
     elif sizes.policy_slots:
         lines.append(_Line("policy, whole, for acting", policy.parameters * compute))
     if sizes.env_slots and job != "eval":
-        lines += _scenes(env, sizes.env_slots, sizes.device)
+        lines += _scenes(env, sizes, sizes.env_slots, stages)
     return lines
 
 
-def _scenes(env: EnvSpec, slots: int, device: Literal["cpu", "cuda"]) -> list[_Line]:
-    """What so many slots of a simulator take up between frames: on the device, or in processes of their own."""
-    if env.slot_bytes and not (env.gpu_slot_bytes and device == "cuda"):
+def _scenes(env: EnvSpec, sizes: Sizes, slots: int, batches: int) -> list[_Line]:
+    """What so many slots of a simulator take up between frames: on the device, in so many batches, or in processes of their own."""
+    if sizes.device == "cuda" and env.gpu_slot_bytes:
+        return [_Line(SCENES, batches * env.gpu_batch_bytes + slots * env.gpu_slot_bytes)]
+    if env.slot_bytes:
         return [_Line(HOSTS, slots * env.slot_bytes, host=True)]
-    return [_Line("simulator's scenes, never moved", slots * (env.gpu_slot_bytes or SCENE_BYTES))]
+    return [_Line(SCENES, slots * SCENE_BYTES)]
 
 
 def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int) -> list[_Line]:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vlarl.errors import VlarlError
+from vlarl.errors import PlanError, VlarlError
 
 PROFILE_VERSION = 1
 Curve = tuple[tuple[float, float], ...]
@@ -102,6 +102,16 @@ def check(profile: Profile, source: str) -> Profile:
     if problems:
         raise VlarlError(f"{source}: {'; '.join(problems)}.", "`vlarl bench-placement RECIPE --write-profile FILE` writes a profile.")
     return profile
+
+
+def check_chunk(profile: Profile, chunk: int, checkpoint: str) -> None:
+    """PlanError unless the costs are those of a policy that, like `checkpoint`, decides `chunk` actions per forward pass."""
+    if profile.actions_per_chunk != chunk:
+        raise PlanError(
+            f"The profile {profile.name} holds costs of {profile.actions_per_chunk} actions per forward pass, and the policy "
+            f"{checkpoint} emits {chunk}.",
+            "Measure a profile of this recipe with `vlarl bench-placement --write-profile`, or do without one.",
+        )
 
 
 def without_traffic(profile: Profile) -> Profile:

@@ -19,6 +19,7 @@ ADVICE = {
     "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
     "rollout buffer": "Lower env.parallel, or what is collected per update.",
     "simulator processes": "Lower env.parallel or eval.parallel; every slot is a simulator of its own.",
+    "simulator's scenes": "Lower env.parallel, eval.parallel or placement.stages.",
     "camera frames": "Lower env.parallel or env.image_size.",
 }
 

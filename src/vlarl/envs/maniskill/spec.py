@@ -8,7 +8,10 @@ from vlarl.envs.spec import EnvSpec
 
 STATE_DIM = 8
 SLOT_BYTES = 1_100_000_000  # of a process with one scene and pictures: 0.8 to 1.3 GB were measured
-GPU_SLOT_BYTES = 640 * 480 * 64  # of a slot on a GPU, estimated: the buffers of a camera as large as the plate suite's
+# On a GPU, not measured by us: assumed from about 2.2 GB reported for 32 scenes with cameras. A batch: PhysX's buffers, heaps and the
+# renderer; a scene: its bodies, and a camera of 640 x 480 pixels with colour, position and segmentation, twice.
+GPU_BATCH_BYTES = 3 * 2**29
+GPU_SLOT_BYTES = 32 * 2**20
 ACTION_DIM = 7
 PLATE_TASK = "PutOnPlateInScene25Main-v3"  # plays every setting of the plate suite, by env.variation
 VARIATIONS = tuple(SETTINGS)
@@ -46,6 +49,5 @@ def spelt_out(task: str) -> str:
 
 def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, cameras: int) -> EnvSpec:
     """What `plan` checks a policy against. cameras: how many are named; none stands for the task's first."""
-    views = max(1, cameras)
-    bytes_ = (SLOT_BYTES, GPU_SLOT_BYTES * views)
-    return EnvSpec("maniskill", tuple(tasks), views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, *bytes_)
+    memory = (SLOT_BYTES, GPU_BATCH_BYTES, GPU_SLOT_BYTES)
+    return EnvSpec("maniskill", tuple(tasks), max(1, cameras), image_size, image_size, STATE_DIM, ACTION_DIM, horizon, *memory)
