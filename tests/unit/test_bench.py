@@ -14,6 +14,7 @@ from helpers.command_line import Vlarl, command_line
 from vlarl import serial
 from vlarl.errors import VlarlError, WorkerError
 from vlarl.launch.rundir import RunDir
+from vlarl.plan.cluster import Cluster
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.profile import Measured, Profile, without_traffic
@@ -174,6 +175,14 @@ def test_costs_of_another_chunk_length_are_refused(vlarl: Vlarl, runs: list[tupl
         assert code == 2
         assert "holds costs of 1 actions per forward pass" in problem and "emits 4" in problem
     assert not runs
+
+
+def test_ranks_that_share_cores_are_remarked_on(vlarl: Vlarl, runs: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the bench chooses their number, too; not where they only sleep."""
+    monkeypatch.setattr(bench, "discover", lambda device: Cluster(cores=2, host_bytes=2**36))
+    monkeypatch.setattr(bench, "_run", lambda *_: 130)
+    assert "4 ranks share 2 cores" in vlarl("bench-placement", *DEBUG, "--modes", "collocated", "--stages", "1")[1]
+    assert "ranks share" not in vlarl(*EMULATE, "--modes", "collocated", "--stages", "1")[1]
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
