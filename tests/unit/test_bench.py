@@ -223,11 +223,13 @@ def test_lanes_show_the_last_update(tmp_path: Path) -> None:
     roles = [["env"], ["rollout", "learner"]]
     (tmp_path / "plan.json").write_text(json.dumps({"ranks": [{"rank": r, "roles": names} for r, names in enumerate(roles)]}))
     for rank in range(2):
-        spans = [{"name": "rollout/env", "start": 10.0 * u + rank, "end": 10.0 * u + 2, "update": u} for u in (1, 2)]
+        name = ("rollout/env", "rollout/wait")[rank]
+        spans = [{"name": name, "start": 10.0 * u + rank, "end": 10.0 * u + 2, "update": u} for u in (1, 2)]
         (tmp_path / "traces" / f"rank{rank}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in spans))
     env, rollout = read_lanes(tmp_path)
     assert env.bars == (Bar("rollout/env", 0.0, 2.0),)
-    assert rollout.bars == (Bar("rollout/wait", 1.0, 2.0),)  # it does not simulate, so it waits for who does
+    assert rollout.bars == (Bar("rollout/wait", 1.0, 2.0),)
+    assert (env.roles, rollout.roles) == ("env", "rollout, learner")
     assert read_lanes(tmp_path / "none") == []
 
 
