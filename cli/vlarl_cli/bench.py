@@ -20,7 +20,7 @@ from vlarl.launch.supervisor import supervise
 from vlarl.launch.torchrun import command, worker_arguments
 from vlarl.plan.choose import candidates, label
 from vlarl.plan.cluster import Cluster, discover
-from vlarl.plan.compile import compile_plan
+from vlarl.plan.compile import compile_plan, crowding
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.profile import PROFILE_VERSION, Measured, Profile, check, check_chunk, without_traffic
@@ -58,6 +58,9 @@ def bench(loaded: LoadedRecipe, options: BenchOptions) -> int:
         check_chunk(options.profile, policy_spec(loaded.recipe).chunk, loaded.recipe.policy.checkpoint)
     cluster = _cluster(loaded.recipe, options)
     recipe = _recipe(loaded.recipe, cluster, options)
+    assert recipe.ranks is not None
+    if remark := crowding(cluster, recipe.ranks):
+        render.note(remark)
     costs = without_traffic(options.emulate) if options.emulate else options.profile
     chosen = _placements(recipe, cluster, options, costs)
     if options.emulate is None:
@@ -160,9 +163,10 @@ def folder_name(placement: Placement) -> str:
 
 
 def _cluster(recipe: Recipe, options: BenchOptions) -> Cluster:
-    """Emulation needs no memory and no cores to speak of, whatever the number of ranks."""
+    """Emulation needs no memory, and no cores to speak of: ranks that sleep do not crowd each other."""
     if options.emulate is not None:
-        return Cluster(cores=1, reason=f"emulated: costs slept, not computed, as {options.emulate.name} says")
+        cores = options.devices or recipe.ranks or CPU_RANKS
+        return Cluster(cores=cores, reason=f"emulated: costs slept, not computed, as {options.emulate.name} says")
     return discover(recipe.device)
 
 

@@ -17,7 +17,6 @@ COLOURS = {
     "rollout/wait": ("wait", "#e4e4e4"),
 }
 OTHER = ("other", "#a9a9a9")
-WAITING = "rollout/wait"
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,8 @@ def read_lanes(run_dir: Path) -> list[Lane]:
     begin = min(span["start"] for rows in spans.values() for span in rows if span["update"] == last)
     lanes = []
     for rank in plan["ranks"]:
-        roles = rank["roles"]
-        bars = [
-            # A rank that does not simulate itself waits there for one that does.
-            Bar(WAITING if s["name"] == "rollout/env" and "env" not in roles else s["name"], s["start"] - begin, s["end"] - begin)
-            for s in spans[rank["rank"]]
-            if s["update"] == last
-        ]
-        lanes.append(Lane(rank["rank"], ", ".join(roles), tuple(bars)))
+        bars = [Bar(s["name"], s["start"] - begin, s["end"] - begin) for s in spans[rank["rank"]] if s["update"] == last]
+        lanes.append(Lane(rank["rank"], ", ".join(rank["roles"]), tuple(bars)))
     return lanes
 
 

@@ -82,6 +82,28 @@ def test_a_wait_has_a_deadline_and_names_the_peer(dead: bool) -> None:
     assert "observations of rank 0 (env)" in message and seconds < 7
 
 
+def _learner_that_hangs(plan: PlacementPlan) -> Any:
+    """Rank 0 acts, 1 and 2 learn, and 2 never comes: how long weight sync and the learners' group let the others wait."""
+    world = mesh.init_world(plan, 6.0)
+    sync = WeightSync(world, plan, ToyPolicy(torch.float32), torch.float32)
+    started = time.monotonic()
+    if world.rank == 2:
+        time.sleep(16)
+        return None
+    with pytest.raises(WorkerError if world.rank == 0 else RuntimeError):
+        if world.rank == 0:
+            sync.sync()
+        else:
+            assert world.learner is not None
+            torch.distributed.all_reduce(torch.ones(1), group=world.learner.get_group())
+    return time.monotonic() - started
+
+
+def test_every_group_has_the_worlds_deadline() -> None:
+    waited = run_processes(3, _learner_that_hangs, apart(("rollout",), ("learner",), ("learner",)))
+    assert all(4 < seconds < 12 for seconds in waited[:2]), waited
+
+
 def _sync(plan: PlacementPlan, bucket_bytes: int) -> Any:
     """Rank 0 simulates, 1 and 2 act, 3 and 4 learn: sharded float64 weights arrive whole, in float32."""
     world = mesh.init_world(plan, DEADLINE_SECONDS)

@@ -14,6 +14,7 @@ from helpers.command_line import Vlarl, command_line
 from vlarl import serial
 from vlarl.errors import VlarlError, WorkerError
 from vlarl.launch.rundir import RunDir
+from vlarl.plan.cluster import Cluster
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import PlacementPlan
 from vlarl.plan.profile import Measured, Profile, without_traffic
@@ -176,6 +177,14 @@ def test_costs_of_another_chunk_length_are_refused(vlarl: Vlarl, runs: list[tupl
     assert not runs
 
 
+def test_ranks_that_share_cores_are_remarked_on(vlarl: Vlarl, runs: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the bench chooses their number, too; not where they only sleep."""
+    monkeypatch.setattr(bench, "discover", lambda device: Cluster(cores=2, host_bytes=2**36))
+    monkeypatch.setattr(bench, "_run", lambda *_: 130)
+    assert "4 ranks share 2 cores" in vlarl("bench-placement", *DEBUG, "--modes", "collocated", "--stages", "1")[1]
+    assert "ranks share" not in vlarl(*EMULATE, "--modes", "collocated", "--stages", "1")[1]
+
+
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_shipped_profiles_say_where_they_come_from(name: str, tmp_path: Path) -> None:
     profile = read_profile(name)
@@ -214,11 +223,13 @@ def test_lanes_show_the_last_update(tmp_path: Path) -> None:
     roles = [["env"], ["rollout", "learner"]]
     (tmp_path / "plan.json").write_text(json.dumps({"ranks": [{"rank": r, "roles": names} for r, names in enumerate(roles)]}))
     for rank in range(2):
-        spans = [{"name": "rollout/env", "start": 10.0 * u + rank, "end": 10.0 * u + 2, "update": u} for u in (1, 2)]
+        name = ("rollout/env", "rollout/wait")[rank]
+        spans = [{"name": name, "start": 10.0 * u + rank, "end": 10.0 * u + 2, "update": u} for u in (1, 2)]
         (tmp_path / "traces" / f"rank{rank}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in spans))
     env, rollout = read_lanes(tmp_path)
     assert env.bars == (Bar("rollout/env", 0.0, 2.0),)
-    assert rollout.bars == (Bar("rollout/wait", 1.0, 2.0),)  # it does not simulate, so it waits for who does
+    assert rollout.bars == (Bar("rollout/wait", 1.0, 2.0),)
+    assert (env.roles, rollout.roles) == ("env", "rollout, learner")
     assert read_lanes(tmp_path / "none") == []
 
 

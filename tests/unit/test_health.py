@@ -43,15 +43,15 @@ def test_finite_gate(bad):
 
 
 def test_logprob_gap_by_hand():
-    # gaps 1..200 (and one masked): sum 20100, max 200; 99 % of 200 is the 198th
+    # gaps 1..200 (and one masked): sum 20100, max 200
     gap = torch.arange(1.0, 202.0)
     mask = gap <= 200
     stats = logprob_gap(-gap, torch.zeros(201), mask)
-    assert {k: v.item() for k, v in stats.items()} == {"gap_count": 200.0, "gap_sum": 20100.0, "gap_p99": 198.0, "gap_max": 200.0}
+    assert {k: v.item() for k, v in stats.items()} == {"gap_count": 200.0, "gap_sum": 20100.0, "gap_max": 200.0}
 
 
 def test_logprob_gap_without_entries_and_with_nan():
     nothing = logprob_gap(torch.ones(2), torch.zeros(2), torch.zeros(2, dtype=torch.bool))
-    assert [v.item() for v in nothing.values()] == [0.0] * 4
+    assert [v.item() for v in nothing.values()] == [0.0] * 3
     broken = logprob_gap(torch.tensor([math.nan, 0.0]), torch.zeros(2), torch.ones(2, dtype=torch.bool))
-    assert all(broken[k].isnan() for k in ("gap_sum", "gap_p99", "gap_max"))
+    assert all(broken[k].isnan() for k in ("gap_sum", "gap_max"))

@@ -49,6 +49,13 @@ def test_a_cpu_is_shared_out_among_ranks(cores: int, parallel: int, algorithm: P
     assert rank_count(recipe, replace(LAPTOP, cores=cores)) == ranks
 
 
+def test_more_ranks_than_cores_are_remarked_on() -> None:
+    two = replace(LAPTOP, cores=2)
+    assert compile_plan(with_(ranks=4), two, POLICY, ENV).reason.endswith("; 4 ranks share 2 cores and slow each other down")
+    assert "share" not in compile_plan(with_(ranks=2), two, POLICY, ENV).reason
+    assert "share" not in compile_plan(with_(ranks=4), replace(gpus(4), cores=2), POLICY, ENV).reason
+
+
 def test_ppo_arithmetic() -> None:
     plan = compile_plan(with_(ranks=2), LAPTOP, POLICY, ENV)
     # 64 slots x 12 chunks = 768 samples; 4 minibatches of 192; a rank has 32 slots x 3 chunks = 96 of each, one pass of at most 128.

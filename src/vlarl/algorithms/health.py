@@ -36,15 +36,13 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def logprob_gap(logprob: Tensor, rollout_logprob: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """|logprob - rollout_logprob| where mask, nats: gap_count, gap_sum (add up over ranks), gap_p99, gap_max (take the largest).
+    """|logprob - rollout_logprob| where mask, nats: gap_count, gap_sum (add up over ranks), gap_max (take the largest).
 
-    p99 is the smallest gap that at least 99 % of the entries do not exceed. A NaN shows in sum, p99 and max. 0-d float64 tensors.
+    A NaN shows in sum and max. 0-d float64 tensors.
     """
     gap = (logprob.detach() - rollout_logprob).abs()[mask].double()
     count = gap.numel()
     zero = torch.zeros((), dtype=torch.float64, device=gap.device)
     if count == 0:
-        return {"gap_count": zero, "gap_sum": zero, "gap_p99": zero, "gap_max": zero}
-    rank = -(-99 * count // 100)  # ceil, in integers
-    p99 = torch.where(gap.isnan().any(), torch.nan, gap.kthvalue(rank).values)
-    return {"gap_count": zero + count, "gap_sum": gap.sum(), "gap_p99": p99, "gap_max": gap.max()}
+        return {"gap_count": zero, "gap_sum": zero, "gap_max": zero}
+    return {"gap_count": zero + count, "gap_sum": gap.sum(), "gap_max": gap.max()}

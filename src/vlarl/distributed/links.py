@@ -89,8 +89,10 @@ class Links:
         self._groups: dict[Kind, dist.ProcessGroup | None] = {"trajectories": world.control, "orders": world.control}
         split = any(r.roles != plan.ranks[0].roles for r in plan.ranks)
         kinds: tuple[Kind, ...] = ("observations", "actions")
+        # Past its deadline NCCL ends the process without a word: twice ours, so that Pending names the peer first.
+        timeout = timedelta(seconds=2 * world.timeout_seconds)
         for kind in kinds:  # gloo tells kinds apart by their tags
-            self._groups[kind] = dist.new_group() if split and world.device.type == "cuda" else None
+            self._groups[kind] = dist.new_group(timeout=timeout) if split and world.device.type == "cuda" else None
 
     def to(self, peer: int) -> Link:
         """The link to global rank `peer`."""

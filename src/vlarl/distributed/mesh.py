@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from vlarl.errors import MachineError, PlanError, WorkerError
 from vlarl.plan.placement import PlacementPlan
@@ -21,7 +21,8 @@ class World:
     """What a rank knows of its peers.
 
     rank, world_size: among its members. device: this rank's. learner: 1-D mesh (axis `learner`) over which weights are sharded
-    and gradients summed. control: gloo group over all members for small CPU objects, apart from the tensor traffic.
+    and gradients summed; None on a rank that does not learn. control: gloo group over all members for small CPU objects, apart
+    from the tensor traffic.
     timeout_seconds: how long any wait for a peer may last. main: the rank that writes files, the first of those that learn.
     group: of the tensor traffic (None: the default one). learners: the world of the ranks that learn, which sums their losses;
     None on a rank that does not.
@@ -30,7 +31,7 @@ class World:
     rank: int
     world_size: int
     device: torch.device
-    learner: DeviceMesh
+    learner: DeviceMesh | None
     control: dist.ProcessGroup
     timeout_seconds: float
     main: int = 0
@@ -71,7 +72,7 @@ def init_world(plan: PlacementPlan, timeout_seconds: float = 600.0) -> World:
             device_id=device if device.type == "cuda" else None,
         )
         learners = [r.rank for r in plan.ranks if "learner" in r.roles]
-        learner = _learner_mesh(device, learners, world_size)
+        learner = _learner_mesh(device, learners, world_size, timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
         everyone = World(rank, world_size, device, learner, control, timeout_seconds, main=learners[0])
         return replace(everyone, learners=_learner_world(everyone, learners, timeout))
@@ -97,10 +98,13 @@ def _claim_device(name: str) -> torch.device:
     return device
 
 
-def _learner_mesh(device: torch.device, learners: list[int], world_size: int) -> DeviceMesh:
-    if learners == list(range(world_size)):
-        return init_device_mesh(device.type, (world_size,), mesh_dim_names=(LEARNER_AXIS,))  # shares the default group
-    return DeviceMesh(device.type, learners, mesh_dim_names=(LEARNER_AXIS,))
+def _learner_mesh(device: torch.device, learners: list[int], world_size: int, timeout: timedelta) -> DeviceMesh | None:
+    """None on a rank that does not learn. Collective. A mesh that made its own group would give it torch's deadline, 10 to 30 minutes."""
+    group = dist.group.WORLD if len(learners) == world_size else dist.new_group(learners, timeout=timeout)
+    if dist.get_rank() not in learners:
+        return None
+    assert group is not None
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=(LEARNER_AXIS,))
 
 
 def _learner_world(world: World, learners: list[int], timeout: timedelta) -> World | None:
@@ -108,7 +112,7 @@ def _learner_world(world: World, learners: list[int], timeout: timedelta) -> Wor
     if len(learners) == world.world_size:
         return world
     control = dist.new_group(learners, backend="gloo", timeout=timeout)
-    if world.rank not in learners:
+    if world.learner is None:
         return None
     group = world.learner.get_group()
     return replace(world, rank=learners.index(world.rank), world_size=len(learners), control=control, main=0, group=group)

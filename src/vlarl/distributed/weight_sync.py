@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,8 @@ class WeightSync:
     ) -> None:
         """Collective of all ranks. module: sharded on learners, whole on rollout ranks, None elsewhere. dtype: in which it acts."""
         receivers = [r.rank for r in plan.ranks if "rollout" in r.roles and "learner" not in r.roles]
-        self._group = dist.new_group([world.main, *receivers]) if receivers else None
+        timeout = timedelta(seconds=world.timeout_seconds)
+        self._group = dist.new_group([world.main, *receivers], timeout=timeout) if receivers else None
         self._world, self._dtype = world, dtype
         self._peers = f"{describe(plan, world.main)} and rollout ranks {', '.join(map(str, receivers))}"
         self._speaks = world.is_main

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from vlarl.envs.spec import EnvSpec, EpisodeSpec
@@ -54,8 +53,3 @@ def simulator_class(name: str) -> type[Any]:
     """The adapter class behind a simulator's name."""
     module, attribute = SIMULATORS[name].split(":")
     return getattr(import_module(module), attribute)
-
-
-def device_of(obs: Observation) -> torch.device:
-    """Where a simulator leaves its frames."""
-    return obs.image_BVHWC.device

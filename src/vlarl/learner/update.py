@@ -138,7 +138,7 @@ class Learner:
             loss = loss + 0.0 * scores.value_BJ.sum()  # the unused value head still takes part in FSDP's reduction
         if gate:
             executed_BN = losses.level_mask(s.valid_BK, "token", s.token_BN.shape[1] // K) & (s.weight_B > 0)[:, None]
-            stats |= {k: v for k, v in logprob_gap(scores.logprob_BN, s.logprob_BN, executed_BN).items() if k != "gap_p99"}
+            stats |= logprob_gap(scores.logprob_BN, s.logprob_BN, executed_BN)
         totals.add(stats)
         return loss
 

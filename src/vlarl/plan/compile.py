@@ -362,7 +362,16 @@ def _ranges_text(ranks: list[int]) -> str:
 
 def _where(cluster: Cluster, ranks: int) -> str:
     on = f"{ranks} rank{'s' if ranks > 1 else ''} on {cluster.device_name}"
-    return on + (f" ({cluster.reason})" if cluster.reason else "")
+    on += f" ({cluster.reason})" if cluster.reason else ""
+    return "; ".join(filter(None, (on, crowding(cluster, ranks))))
+
+
+def crowding(cluster: Cluster, ranks: int) -> str:
+    """A remark on ranks that outnumber the cores of a CPU machine; "" where they do not. Results are the same, speed is not."""
+    per_node = ranks // cluster.nodes
+    if cluster.device != "cpu" or per_node <= cluster.cores:
+        return ""
+    return f"{per_node} ranks share {cluster.cores} core{'s' if cluster.cores > 1 else ''} and slow each other down"
 
 
 def _capacity(cluster: Cluster, ranks: int) -> tuple[int | None, int | None]:

@@ -326,7 +326,8 @@ class Recipe:
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """auto: float32 on CPU, bfloat16 compute with float32 masters on GPU."""
     ranks: Count | None = None
-    """Processes; null: one per GPU, or one on a CPU machine."""
+    """Processes; null: one per GPU; on a CPU machine as the placement says, else the most of 1, 2, 4, 8 that have a core each and split
+    the slots."""
     threads: Count | None = None
     """CPU threads per rank; null: the cores shared out evenly."""
     stall_seconds: Positive = 600.0

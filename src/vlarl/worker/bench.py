@@ -92,7 +92,7 @@ def build_emulated(run: Context, profile: Profile) -> tuple[Trainer, SleepingLea
     values = spec.chunk if isinstance(recipe.algorithm, Ppo) and recipe.policy.value == "action" else 1
     policy = SleepingPolicy(profile, spec, values, run.master_dtype) if roles != ("env",) else None
     learner = None
-    if policy is not None and run.world.learners is not None:
+    if policy is not None and run.world.learners is not None and run.world.learner is not None:
         shard(policy.module, run.world.learner, run.compute_dtype)
         learner = SleepingLearner(profile, recipe.update.epochs, run.world.learners)
     chunks = run.plan.rollout.chunks_per_episode

@@ -139,6 +139,7 @@ def _probed(run: Context, policy: VLAPolicy) -> VLAPolicy:
 
 def _shard(run: Context, module: PolicyModule, trainable: bool) -> None:
     checkpointing = run.recipe.update.activation_checkpointing and trainable
+    assert run.world.learner is not None, "only learners keep shards"
     shard(module, run.world.learner, run.compute_dtype, module.fsdp_units(), activation_checkpointing=checkpointing)
 
 
