@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -81,7 +82,9 @@ def _memory_table(placement: PlacementPlan, ranks: str) -> Table:
     phases = list(dict.fromkeys(row.phase for row in rows))
     for phase in phases:
         table.add_column(phase, justify="right")
-    sizes = {(row.component, row.phase): row.bytes for row in rows}
+    sizes: Counter[tuple[str, str]] = Counter()
+    for row in rows:  # an evaluation's own simulators come on top of training's, under the same name
+        sizes[row.component, row.phase] += row.bytes
     beside = placement.workers.backend == "nccl"
     device_title = "on the device" if beside else "together"
     memories = (("device", device_title, placement.capacity_bytes), ("host", "on the host", placement.host_bytes))
