@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -122,13 +123,20 @@ def measure_costs(run: Context, policy: VLAPolicy, learner: Learner) -> Measured
     weights = [p.detach() for p in policy.module.parameters() if p.requires_grad]
     return Measured(
         device=torch.cuda.get_device_name() if run.world.device.type == "cuda" else f"CPU ({platform.machine()}), {_threads()}",
-        notes=f"Medians of {REPEATS}. Messages and weight sync are copies within one device; between ranks, links add to them.",
-        env_seconds=tuple(env),
-        act_seconds=tuple(act),
+        notes=f"Medians of {REPEATS}, or a larger batch's where that is less. "
+        "Messages and weight sync are copies within one device; between ranks, links add to them.",
+        env_seconds=rising(env),
+        act_seconds=rising(act),
         update_seconds=update,
         sync_seconds=_median(run, lambda: [w.clone() for w in weights]),
-        message_seconds=tuple(message),
+        message_seconds=rising(message),
     )
+
+
+def rising(points: list[tuple[float, float]]) -> Curve:
+    """The (size, seconds) points, sizes ascending, of a cost that never falls: noise only adds time, so the least of all larger sizes."""
+    least = list(accumulate((seconds for _, seconds in reversed(points)), min))[::-1]
+    return tuple((size, seconds) for (size, _), seconds in zip(points, least, strict=True))
 
 
 def _threads() -> str:
@@ -188,7 +196,7 @@ def _update_costs(run: Context, policy: VLAPolicy, learner: Learner) -> Curve:
         if samples:
             once = partial(learner.update, part, targets, 0)
             points[float(samples)] = _median(run, once, 3) / run.recipe.update.epochs
-    return tuple(sorted(points.items())) or ((1.0, 0.0),)
+    return rising(sorted(points.items())) or ((1.0, 0.0),)
 
 
 def _median(run: Context, action: Callable[[], object], repeats: int = REPEATS) -> float:
