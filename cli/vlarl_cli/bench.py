@@ -85,7 +85,7 @@ def bench(loaded: LoadedRecipe, options: BenchOptions) -> int:
         rows.append(row_of(placement, plan, result, options.emulate, predicted, folder_name(placement)))
         rundir.write_atomic(out / "results.json", json.dumps(rows, indent=2) + "\n")
     if rows:
-        _conclude(out, rows, {label(p): p for p, _ in chosen}, options)
+        _conclude(out, rows, options)
     if failed:
         render.note(f"Failed: {', '.join(failed)}. Logs are below {out}.")
     return 1 if failed else 0
@@ -270,7 +270,7 @@ def _supervised(run: rundir.RunDir, plan: PlacementPlan, recipe: Recipe, argumen
 # ---------------------------------------------------------------- conclusion
 
 
-def _conclude(out: Path, rows: list[Row], placements: dict[str, Placement], options: BenchOptions) -> None:
+def _conclude(out: Path, rows: list[Row], options: BenchOptions) -> None:
     """Table, pictures, trace, and the block to paste."""
     ranked = speedups(rows)
     rundir.write_atomic(out / "results.json", json.dumps(ranked, indent=2) + "\n")
