@@ -6,6 +6,7 @@ waits in one direction would hold up a send in the other. Everything else travel
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -44,8 +45,7 @@ class Pending:
             else:
                 self.work.wait(timedelta(seconds=self.seconds))
         except (dist.DistError, RuntimeError) as error:
-            message = f"Waited in vain for {self.what} (deadline {self.seconds:.0f} s): {error}"
-            raise WorkerError(message, "The rank that failed first says why in its own log.") from error
+            raise _in_vain(self.what, self.seconds, error) from error
 
     def _poll(self) -> None:
         deadline = time.monotonic() + self.seconds
@@ -54,6 +54,11 @@ class Pending:
                 raise RuntimeError("nothing came")
             time.sleep(POLL_SECONDS)
         self.work.wait()
+
+
+def _in_vain(what: str, seconds: float, error: Exception) -> WorkerError:
+    message = f"Waited in vain for {what} (deadline {seconds:.0f} s): {error}"
+    return WorkerError(message, "The rank that failed first says why in its own log.")
 
 
 class Link:
@@ -66,18 +71,20 @@ class Link:
 
     def send(self, tensor: Tensor, kind: Kind) -> Pending:
         """Start sending; leave `tensor` alone until the message is done."""
-        work = dist.isend(tensor, self._peer, self._groups[kind], TAGS[kind])
-        return self._pending(work, f"{self._name} to take {kind}", kind)
+        return self._start(dist.isend, tensor, f"{self._name} to take {kind}", kind)
 
     def recv(self, tensor: Tensor, kind: Kind) -> Pending:
         """Start receiving into `tensor`."""
-        work = dist.irecv(tensor, self._peer, self._groups[kind], TAGS[kind])
-        return self._pending(work, f"{kind} of {self._name}", kind)
+        return self._start(dist.irecv, tensor, f"{kind} of {self._name}", kind)
 
-    def _pending(self, work: dist.Work | None, what: str, kind: Kind) -> Pending:
-        assert work is not None, "both ranks are members of the group"
+    def _start(self, transfer: Callable[..., dist.Work | None], tensor: Tensor, what: str, kind: Kind) -> Pending:
         rollout = kind in ("observations", "actions")
         seconds = self._world.timeout_seconds * (1 if rollout else PATIENCE)
+        try:
+            work = transfer(tensor, self._peer, self._groups[kind], TAGS[kind])
+        except (dist.DistError, RuntimeError) as error:  # gloo says so at once where the peer is known to be gone
+            raise _in_vain(what, seconds, error) from error
+        assert work is not None, "both ranks are members of the group"
         return Pending(work, what, seconds, rollout and self._world.device.type == "cuda")
 
 
