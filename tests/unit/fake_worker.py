@@ -1,7 +1,7 @@
 """Stands in for a worker rank in launcher tests: holds on, reports, then does what VLARL_FAKE says. Imports no torch.
 
 VLARL_FAKE: `rank=behaviour` pairs separated by commas; other ranks beat until they are ended. Behaviours: done, user, crash, late_crash,
-exit3, sigkill, stall, stubborn.
+lost (a crash after waiting LOST_SECONDS for the others), exit3, sigkill, stall, stubborn.
 """
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from vlarl.launch.lifeline import hold
 from vlarl.launch.rundir import write_atomic
+
+LOST_SECONDS = 4.0
 
 
 def main() -> None:
@@ -53,11 +55,13 @@ def act(behaviour: str, run_dir: Path, rank: int) -> None:
         sys.exit(3)
     if behaviour == "sigkill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour in ("user", "crash", "late_crash"):
+    if behaviour in ("user", "crash", "late_crash", "lost"):
         # The late one is written first and lives on: the time inside the file decides, not which file is seen first.
         late = 5.0 if behaviour == "late_crash" else 0.0
         if behaviour == "crash":
             time.sleep(0.3)
+        if behaviour == "lost":
+            time.sleep(LOST_SECONDS)
         kind, message = ("user", "policy.safetensors is cut short.") if behaviour == "user" else ("crash", f"{behaviour} of rank {rank}")
         row = {"kind": kind, "message": message, "hint": "Copy it again.", "time": time.time() + late, "phase": "update"}
         write_atomic(run_dir / "logs" / f"rank{rank}.error.json", json.dumps(row))

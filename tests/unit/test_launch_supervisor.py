@@ -79,6 +79,16 @@ def test_a_rank_that_falls_silent(run: rundir.RunDir) -> None:
     assert "fake_worker.py" in run.log(1).read_text()  # its stack
 
 
+def test_who_is_missing_is_named_beside_who_noticed(run: rundir.RunDir) -> None:
+    problem = failure(run, "0=lost,1=stall", stall_seconds=6.0)
+    assert problem.message == "Rank 0 failed in phase 'update': lost of rank 0"
+    assert re.match(r"Rank 1 had reported nothing for \d s by then; its last phase was 'rollout'\. ", problem.hint)
+
+
+def test_nobody_is_missing_where_all_others_report(run: rundir.RunDir) -> None:
+    assert "nothing" not in failure(run, "0=lost", stall_seconds=6.0).hint
+
+
 def start_launcher(folder: Path) -> subprocess.Popen[bytes]:
     """A launcher in a process of its own, with both ranks up."""
     helper = Path(__file__).with_name("launch_helpers.py")

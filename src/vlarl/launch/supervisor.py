@@ -107,7 +107,7 @@ def supervise(
     if caught:
         return caught[0]
     if failure is None and process.returncode != 0:
-        failure = _cause(group, run, ranks) or _silent_death(group, run)
+        failure = _cause(group, run, ranks, "") or _silent_death(group, run)
     if failure is not None:
         raise failure
     return None
@@ -130,13 +130,14 @@ def _follow(
             seen = status
             on_progress(status)
         if ended:
-            return _cause(group, run, ranks)
+            return _cause(group, run, ranks, "")
         if time.monotonic() - census > CENSUS_SECONDS:
             group.refresh()
             census = time.monotonic()
         if first_failure(run, ranks) is not None:
+            missing = _missing(run, ranks, started, stall_seconds)  # now: soon torchrun ends those that are well
             _wait(group.process, AFTERMATH_SECONDS)  # so that an earlier cause on another rank is on disk too
-            return _cause(group, run, ranks)
+            return _cause(group, run, ranks, missing)
         stalled = _stalled(run, ranks, started, stall_seconds)
         if stalled is not None:
             for member in group.ranks():
@@ -160,13 +161,15 @@ def first_failure(run: RunDir, ranks: int) -> VlarlError | None:
     )
 
 
-def _cause(group: _Group, run: RunDir, ranks: int) -> VlarlError | None:
-    """Why the ranks ended, if one of them said so. One that the system killed says nothing, and the others only that they lost it."""
+def _cause(group: _Group, run: RunDir, ranks: int, missing: str) -> VlarlError | None:
+    """Why the ranks ended, if one of them said so. One that the system killed says nothing, and the others only that they lost it.
+
+    missing: who else had fallen silent by then: whoever waits in a collective knows the collective and not who is not there."""
     told = first_failure(run, ranks)
     if not isinstance(told, WorkerError):
         return told
     killed = [(rank, code) for rank, code in _exit_codes(group, run) if code in KILLED]
-    return _death(run, *killed[0], f"{told.message} ") if killed else told
+    return _death(run, *killed[0], f"{told.message} ") if killed else WorkerError(told.message, f"{missing}{told.hint}")
 
 
 def _silent_death(group: _Group, run: RunDir) -> VlarlError:
@@ -205,15 +208,7 @@ def _death(run: RunDir, rank: int, code: int, others: str) -> WorkerError:
 
 def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> WorkerError | None:
     """The rank that has been silent longest, if longer than allowed."""
-    now, silent = time.time(), []
-    for rank in range(ranks):
-        beat = read_json(run.heartbeat(rank))
-        if isinstance(beat, dict):
-            silent.append((now - max(beat["time"], started), stall_seconds, rank, beat["phase"]))
-        elif not run.heartbeat(rank).exists():
-            silent.append((now - started, max(stall_seconds, START_SECONDS), rank, "start"))
-        # else it was caught while it is being overwritten: alive
-    late = [row for row in silent if row[0] >= row[1]]
+    late = [row for row in _silent(run, ranks, started, stall_seconds) if row[0] >= row[1]]
     if not late:
         return None
     seconds, limit, rank, phase = max(late)
@@ -222,6 +217,28 @@ def _stalled(run: RunDir, ranks: int, started: float, stall_seconds: float) -> W
         f"its last phase was {phase!r}."
     )
     return WorkerError(message, f"{_elsewhere(run, ranks, rank)}Its threads' stacks are at the end of {run.log(rank)}.")
+
+
+def _missing(run: RunDir, ranks: int, started: float, stall_seconds: float) -> str:
+    """Of the ranks that report no failure, the one silent longest, if for half of what is allowed; else nothing."""
+    silent = [row for row in _silent(run, ranks, started, stall_seconds) if row[0] >= row[1] / 2 and not run.error(row[2]).exists()]
+    if not silent:
+        return ""
+    seconds, _, rank, phase = max(silent)
+    return f"{_named(run, rank)} had reported nothing for {seconds:.0f} s by then; its last phase was {phase!r}. "
+
+
+def _silent(run: RunDir, ranks: int, started: float, stall_seconds: float) -> list[tuple[float, float, int, str]]:
+    """(seconds since the last heartbeat, seconds allowed, rank, its last phase) of every rank."""
+    now, silent = time.time(), []
+    for rank in range(ranks):
+        beat = read_json(run.heartbeat(rank))
+        if isinstance(beat, dict):
+            silent.append((now - max(beat["time"], started), stall_seconds, rank, beat["phase"]))
+        elif not run.heartbeat(rank).exists():
+            silent.append((now - started, max(stall_seconds, START_SECONDS), rank, "start"))
+        # else it was caught while it is being overwritten: alive
+    return silent
 
 
 def _elsewhere(run: RunDir, ranks: int, stalled: int) -> str:
