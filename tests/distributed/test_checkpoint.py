@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from helpers.disk import mounted
 from vlarl.distributed import checkpoint, fsdp
-from vlarl.distributed.manifest import best, checkpoint_folder, checkpoints, latest, mark_best, prune, read_manifest, verify
+from vlarl.distributed.manifest import FORMAT, best, checkpoint_folder, checkpoints, latest, mark_best, prune, read_manifest, verify
 from vlarl.distributed.mesh import World
 from vlarl.errors import CheckpointError, MachineError, VlarlError
 from vlarl.learner.optim import build_optimizer
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path: Path) -> None:
 def _fake(run: Path, update: int) -> Path:
     folder = checkpoint_folder(run, update)
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "complete": True, "update": update, "files": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "complete": True, "update": update, "files": {}}))
     return folder
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from helpers.command_line import Vlarl, command_line
 from vlarl import serial
+from vlarl.distributed.manifest import FORMAT
 from vlarl.errors import CheckpointError, RecipeError
 from vlarl.launch.rundir import RunDir
 from vlarl.policies.layout import resolve_folder
@@ -209,7 +210,7 @@ def checkpoint(run_dir: Path, update: int) -> Path:
     (folder / "policy").mkdir(parents=True)
     (folder / "policy" / "config.json").write_text("{}")
     files = {"policy/config.json": {"bytes": 2, "sha256": ""}}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "complete": True, "files": files}))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "complete": True, "files": files}))
     return folder
 
 

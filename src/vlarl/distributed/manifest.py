@@ -16,7 +16,7 @@ from typing import Any
 
 from vlarl.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 2: only trained weights in state/, the placement in the manifest
 MANIFEST = "manifest.json"
 BEST = "best"
 _PREFIX = "update-"
@@ -36,7 +36,7 @@ def temporary(folder: Path) -> Path:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """{path relative to `folder`: {bytes, sha256}} of every file but the manifest, in name order."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
             problem = "is missing"
         elif (size := path.stat().st_size) != expected["bytes"]:
             problem = f"has {size} bytes, expected {expected['bytes']}"
-        elif hashes and _sha256(path) != expected["sha256"]:
+        elif hashes and sha256(path) != expected["sha256"]:
             problem = "has other contents than were written"
         else:
             continue
@@ -78,8 +78,7 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
 
 def check_placement(folder: Path, placement: str) -> None:
     """Raise CheckpointError unless `folder` was written under `placement` (see `plan.placement.layout`): open episodes belong to ranks."""
-    manifest = read_manifest(folder)
-    written = manifest.get("placement", placement)  # older ones do not say
+    written = read_manifest(folder)["placement"]
     if written != placement:
         message = f"{folder} was written by a run {written}; this one is {placement}, and open episodes belong to ranks and slots."
         hint = "Resume with the ranks, placement and env.parallel of then, or start a new run from its policy/ folder."
@@ -145,6 +144,7 @@ def _update(folder: Path) -> str:
     return folder.name.removeprefix(_PREFIX)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

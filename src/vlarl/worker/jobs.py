@@ -1,7 +1,6 @@
 """Owns the jobs of a worker rank: train, sft (warm start alone), eval, bench and profile, each from the run folder to its result.json."""
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlarl import serial
+from vlarl.distributed import manifest
 from vlarl.distributed.fsdp import acting
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
@@ -127,7 +127,7 @@ def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
         return
     policy = build_sharded_policy(run, trainable=False)
     folder, _ = resolve_folder(run.recipe.policy.checkpoint)
-    hashes = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+    hashes = {p.name: manifest.sha256(p) for p in sorted(folder.glob("*.safetensors"))}
     reports, offload = [], build_offload(run, policy, None)
     for done, variation in enumerate(variations):
         if run.world.is_main:
@@ -160,8 +160,3 @@ def _write(path: Path, value: Any) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
     draft.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

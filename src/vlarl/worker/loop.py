@@ -102,16 +102,17 @@ def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatc
     rollout, learners = run.plan.rollout, run.world.learners
     assert learners is not None
     batch: TrajectoryBatch | None = None
-    for _ in range(rollout.rounds):
+    for left in reversed(range(rollout.rounds)):
         trainer.orders.give("collect", update)
         fresh = play(run, trainer)
         assert fresh is not None
         batch = fresh if batch is None else concatenate(batch, fresh)
         targets = judge(run, batch)
-        groups = run.plan.rollout.parallel // rollout.group_size * rollout.episodes_per_slot
-        if rollout.rounds == 1 or all_reduce_sum(learners, torch.tensor(targets.kept_groups)) >= groups:
+        groups = rollout.parallel // rollout.group_size * rollout.episodes_per_slot
+        if not left or all_reduce_sum(learners, torch.tensor(targets.kept_groups)) >= groups:
             break
-        batch = batch.clone()  # the collector's buffers are used again
+        if batch is fresh:
+            batch = batch.clone()  # the collector's buffers are used again
     assert batch is not None
     return batch, targets
 
