@@ -109,7 +109,7 @@ def test_the_float32_gap_between_rank_counts(trained: Path, tmp_path: Path, reco
     gap = max(float((one[name] - two[name]).abs().max()) for name in one)
     print(f"\nlargest difference of a weight after {UPDATES} updates, float32, 1 rank against 2: {gap:.3g}")
     record_property("float32_gap", gap)
-    assert gap < 1.0
+    assert gap < 1e-3  # another learner would be further off; a bound, no tolerance: 1e-7 was measured
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained: Path, tmp_path: Path) -> None:

@@ -162,6 +162,11 @@ def test_rules_between_fields(tmp_path: Path, text: str, field: str) -> None:
     assert found.startswith(f"{field} (recipe line 3): ")
 
 
+def test_a_pace_for_towers_that_do_not_learn(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, "name: a\npolicy: {checkpoint: 'scratch:tiny', freeze: [vision]}\nupdate: {vision_scale: 0.5}\n")
+    assert found.startswith("update.vision_scale = 0.5 (recipe line 3): the vision towers do not learn")
+
+
 def test_json_schema_describes_fields_and_requires_nothing(tmp_path: Path) -> None:
     schema = json_schema()
     assert {"extends", "env", "policy", "algorithm"} <= schema["properties"].keys()
