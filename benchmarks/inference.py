@@ -1,4 +1,5 @@
-"""Batched action generation against a plain Hugging Face loop over the same weights, in one run, by batch size; share of the roofline.
+"""Batched action generation against a plain Hugging Face loop over the same weights, in one run, by batch size; share of the roofline,
+and how far log-probs of acting are from those of learning.
 
     python benchmarks/inference.py --kind openvla --size tiny --batches 1 8 64 --json FILE
 
@@ -29,12 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlarl.policies.actions import build_codec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import initialize_module
+from vlarl.policies.engine import Engine
 from vlarl.policies.layout import OpenVLAConfig, read_config, read_statistics, resolve_folder, spec_from
 from vlarl.policies.openvla import OpenVLA
 from vlarl.policies.probe import equip
 from vlarl.policies.tokenizer import PromptTable, load_tokenizer
 from vlarl.policies.towers import tower_shape
-from vlarl.recipe.schema import Engine
+from vlarl.recipe.schema import Engine as EngineSettings
 from vlarl.types import Observation
 
 FOLDERS = {"openvla": "scratch:tiny-openvla", "openvla-oft": "scratch:tiny"}
@@ -103,6 +105,16 @@ def plain_loop(policy: VLAPolicy, obs: Observation) -> Tensor:
     return logits[:, -count - 1 : -1, low:high].argmax(-1)
 
 
+@torch.no_grad()
+def logprob_gap(policy: VLAPolicy, obs: Observation) -> tuple[float, float]:
+    """Mean and largest difference (nats per token) between what acting and learning say of sampled tokens."""
+    shape, chance = (len(obs), policy.spec.chunk * policy.spec.action_dim), torch.Generator().manual_seed(2)
+    noise_BN = torch.rand(shape, dtype=torch.float64, generator=chance)
+    chunk = policy.act(obs, noise_BN.to(policy.device), 1.0, 0)
+    gap_BN = (chunk.logprob_BN - policy.evaluate(obs, chunk.token_BN, 1.0, 0).logprob_BN).abs().double()
+    return float(gap_BN.mean()), float(gap_BN.max())
+
+
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Wall time; on a CPU with one thread, processor time, in which other processes on the machine do not count."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -133,8 +145,10 @@ def measure(policy: VLAPolicy, batch: int, repeats: int, top: tuple[float, float
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(call, policy.device))
+    engine, policy.engine = policy.engine, Engine(policy.engine.sizes)  # a replayed graph shows the counter nothing
     with FlopCounterMode(display=False) as counter:
         calls["ours"]()
+    policy.engine = engine
     steps = policy.spec.action_dim if policy.config.kind == "openvla" else 1
     weights = sum(p.numel() * p.element_size() for p in policy.module.parameters())
     llama = sum(p.numel() * p.element_size() for p in policy.module.language_model.parameters())
@@ -143,6 +157,7 @@ def measure(policy: VLAPolicy, batch: int, repeats: int, top: tuple[float, float
     return {
         "batch": batch,
         "same_tokens": agree,
+        "logprob_gap": logprob_gap(policy, obs),
         "ours_ms": [1e3 * t for t in times["ours"]],
         "plain_ms": [1e3 * t for t in times["plain"]],
         "speedup": median["plain"] / median["ours"],
@@ -168,14 +183,15 @@ def main() -> None:
     print(f"measured peaks: {top[0] / 1e9:.1f} GFLOP/s, {top[1] / 1e9:.1f} GB/s; 1-minute load {os.getloadavg()[0]:.1f}")
     rows = []
     for batch in options.batches:
-        engine = Engine(compile="compile" in options.engine, cuda_graphs="cuda_graphs" in options.engine, batch_sizes=(batch,))
+        engine = EngineSettings(compile="compile" in options.engine, cuda_graphs="cuda_graphs" in options.engine, batch_sizes=(batch,))
         for line in equip(policy, engine, batch, dtype) if options.engine else []:
             print(line)
         rows.append(measure(policy, batch, options.repeats, top))
         row = rows[-1]
         ours, plain = (f"{statistics.median(t):.1f} ({min(t):.1f} to {max(t):.1f}) ms" for t in (row["ours_ms"], row["plain_ms"]))
         print(f"batch {batch:4d}: ours {ours}, plain {plain}: {row['speedup']:.2f}x; {row['actions_per_second']:.0f} actions/s,", end=" ")
-        print(f"{row['roofline_share']:.0%} of the roofline, same tokens {row['same_tokens']:.1%}", flush=True)
+        print(f"{row['roofline_share']:.0%} of the roofline, same tokens {row['same_tokens']:.1%},", end=" ")
+        print("log-prob gap {:.2g}, at most {:.2g}".format(*row["logprob_gap"]), flush=True)
     if options.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         settings = {"kind": options.kind, "size": options.size, "dtype": str(dtype), "threads": torch.get_num_threads()}

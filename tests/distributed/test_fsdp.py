@@ -159,3 +159,21 @@ def test_frozen_and_unused_parameters_stay() -> None:
     state, before = run_ranks(2, _frozen)[0], ToyPolicy(F64).state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(state[name], before[name])}
     assert changed == {"projector", "language_model", "head"}
+
+
+def _unused_block(world: World) -> torch.dtype | None:
+    """A frozen block of its own that no pass uses (such as the last of a vision tower), gradients kept over two passes, as on a GPU."""
+    module = ToyPolicy(torch.float32)
+    module.idle = nn.Linear(7, 7).requires_grad_(False)
+    fsdp.ONE_UNIT_PARAMETERS = 0
+    fsdp.shard(module, world.learner, torch.bfloat16, [module.idle, *module.language_model])
+    for last in (False, True):
+        fsdp.set_gradient_sync(module, last)
+        logits, value = module(toy_batch(torch.float32))
+        (logits.sum() + value.sum()).backward()
+    assert module.idle.weight.grad is None
+    return module.head.weight.grad.dtype
+
+
+def test_gradients_add_up_beside_a_block_that_is_not_used() -> None:
+    assert run_ranks(1, _unused_block)[0] == torch.float32

@@ -51,18 +51,23 @@ def shard(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(compute_dtype)
     mixed = bool(master_dtypes - {compute_dtype})
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if mixed else None,
-        reduce_dtype=next(iter(master_dtypes)) if mixed else None,
-        cast_forward_inputs=False,  # sampling noise and log-probs among the inputs must keep their precision
-    )
+
+    def policy(unit: nn.Module) -> MixedPrecisionPolicy:
+        trained = any(p.requires_grad for p in unit.parameters())
+        return MixedPrecisionPolicy(
+            param_dtype=compute_dtype if mixed else None,
+            # Units without gradients have nothing to reduce, and FSDP would look for it also in those that no forward pass has used yet.
+            reduce_dtype=next(iter(master_dtypes)) if mixed and trained else None,
+            cast_forward_inputs=False,  # sampling noise and log-probs among the inputs must keep their precision
+        )
+
     if activation_checkpointing:
         for unit in units:
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)  # type: ignore[method-assign]
     if sum(p.numel() for p in parameters) >= ONE_UNIT_PARAMETERS:
         for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=policy(unit))
+    fully_shard(module, mesh=mesh, mp_policy=policy(module))
     for wrapped in _fsdp_modules(module):
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)  # else the factor asks for a reduction that gloo lacks

@@ -1,7 +1,7 @@
 """Owns what a simulator adapter must offer and the tables of adapters. A new simulator is one module and one row here.
 
 An adapter either runs in the rank (SIMULATORS: a BatchedEnv) or in env hosts (HOSTED: an envs.host.protocol.Simulator, which
-hosts.HostedEnv makes a BatchedEnv of). One that can do both runs in the rank where the rank has a GPU.
+hosts.HostedEnv makes a BatchedEnv of). One that can do both runs in the rank where the rank has a GPU (EnvSpec.hosted).
 """
 from __future__ import annotations
 

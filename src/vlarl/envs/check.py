@@ -17,9 +17,8 @@ SCENE = """<mujoco><worldbody><light pos="0 0 3"/><geom type="sphere" size=".3" 
 def check_maniskill() -> Any:
     """Import ManiSkill, draw with SAPIEN. Returns the picture, uint8 (H, W, 3)."""
     import mani_skill.envs  # noqa: F401
-    import torch
 
-    return _sapien_picture("cuda" if torch.cuda.is_available() else "cpu")
+    return _sapien_picture()
 
 
 def check_libero() -> Any:
@@ -42,20 +41,15 @@ def check_robotwin() -> Any:
     import robotwin  # noqa: F401
     import toppra  # noqa: F401
 
-    return _sapien_picture("cuda" if _has_nvidia_gpu() else "cpu")
+    return _sapien_picture()
 
 
-def _has_nvidia_gpu() -> bool:
-    from os.path import exists
-
-    return exists("/dev/nvidia0")
-
-
-def _sapien_picture(device: str) -> Any:
+def _sapien_picture() -> Any:
     import sapien
 
-    from vlarl.envs.sapien_renderer import install_brdf_table
+    from vlarl.envs.sapien_renderer import has_gpu, install_brdf_table
 
+    device = "cuda" if has_gpu() else "cpu"
     install_brdf_table()
     scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device(device))])
     scene.set_ambient_light([0.5, 0.5, 0.5])

@@ -5,6 +5,7 @@ table it takes that one. Ours has 64 x 64 entries; pictures are the same, byte f
 """
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,11 @@ def install_brdf_table() -> None:
 
     with_table.with_ready_table = True  # type: ignore[attr-defined]
     camera_class.take_picture = with_table
+
+
+def has_gpu() -> bool:
+    """Whether SAPIEN can draw on an NVIDIA GPU, told without its libraries."""
+    return os.path.exists("/dev/nvidia0")
 
 
 def no_renderer(error: RuntimeError) -> MachineError | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from vlarl.errors import PlanError
 from vlarl.plan.costs import Prediction, predict
@@ -17,7 +16,6 @@ LEARNER_SHARES = ((1, 2), (1, 4), (3, 4))  # of a disaggregated placement's rank
 MODES = ("collocated", "hybrid", "disaggregated")
 STAGES = (1, 2, 4)
 TIE = 0.01  # a simpler placement is taken as long as it is no slower than this; MODES begins with the simplest
-ON_DEVICE = ("tabletop", "maniskill")  # simulators that run on the GPU, in the rank's own process
 
 DEFAULT = Placement()
 
@@ -101,11 +99,14 @@ def choose(ranks: int, wanted: Placement, build: Build, profile: Profile) -> tup
     return best.placement, reason
 
 
-def rule_of_thumb(ranks: int, wanted: Placement, simulator: str, device: Literal["cpu", "cuda"], chunk: int) -> tuple[Placement, str]:
-    """Without measured costs. A GPU simulator takes about as long as a policy that generates one action token by token, so that
-    two halves of the ranks, pipelined, keep each other busy (hybrid). With action chunks, or a simulator on the CPU, simulation
-    outweighs inference by far and nothing is gained by setting ranks apart for either (collocated)."""
-    if ranks >= 2 and ranks % 2 == 0 and device == "cuda" and simulator in ON_DEVICE and chunk == 1:
+def rule_of_thumb(ranks: int, wanted: Placement, on_gpu: bool, chunk: int) -> tuple[Placement, str]:
+    """Without measured costs. on_gpu: whether ranks simulate on a GPU, in their own process.
+
+    Such a simulator takes about as long as a policy that generates one action token by token, so that two halves of the ranks, pipelined,
+    keep each other busy (hybrid). With action chunks, or a simulator on the CPU, simulation outweighs inference by far and nothing is
+    gained by setting ranks apart for either (collocated).
+    """
+    if ranks >= 2 and ranks % 2 == 0 and on_gpu and chunk == 1:
         placement = replace(wanted, mode="hybrid", stages=max(2, wanted.stages), env=ranks // 2, rollout=ranks // 2, profile=None)
         why = "simulation on the GPU and an action per forward pass cost about the same, so two halves of the ranks work in turn"
         return placement, f"{label(placement)}: {why} (rule of thumb; name measured costs in placement.profile)"

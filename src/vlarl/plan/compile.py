@@ -98,7 +98,7 @@ def _with_mode(
         return recipe, f"{label(wanted)}, as the recipe asks"
     ranks = rank_count(recipe, cluster)
     if profile is None or ranks == 1:
-        placement, reason = rule_of_thumb(ranks, wanted, env.name, cluster.device, policy.chunk)
+        placement, reason = rule_of_thumb(ranks, wanted, cluster.device == "cuda" and not env.hosted("cuda"), policy.chunk)
         return replace(recipe, placement=placement), reason
     placement, reason = choose(
         ranks,

@@ -18,7 +18,7 @@ from vlarl.recipe.schema import Env, Recipe
 def simulator_spec(env: Env) -> EnvSpec:
     """What the recipe's simulator offers under its settings."""
     if env.simulator == "maniskill":
-        return maniskill.env_spec(env.tasks, env.horizon, env.image_size, len(env.maniskill.cameras))
+        return maniskill.env_spec(env.tasks, env.horizon, env.image_size, len(env.maniskill.cameras), env.maniskill.sim_backend == "auto")
     if env.simulator == "robotwin":
         own = env.robotwin
         return robotwin.env_spec(env.tasks, env.horizon, env.image_size, own.camera, len(own.cameras))

@@ -33,6 +33,8 @@ class Maniskill:
     __pydantic_config__ = STRICT
     register: tuple[str, ...] = ()
     """Python modules to import first, which register tasks of your own."""
+    sim_backend: Literal["auto", "physx_cpu"] = "auto"
+    """auto: a rank with a GPU simulates all its scenes there, in its own process, else as physx_cpu: on the CPU, a process per scene."""
     control_mode: str | None = None
     """Controller of the robot's hand; takes x, y, z, three angles and the gripper, or those of them that it knows. null: pd_ee_delta_pose,
     or the only one of a robot in BridgeData's scenes."""

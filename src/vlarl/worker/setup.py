@@ -15,7 +15,7 @@ from vlarl.distributed.residency import Offload
 from vlarl.distributed.routing import Router
 from vlarl.distributed.weight_sync import WeightSync
 from vlarl.envs.ahead import Ahead
-from vlarl.envs.base import HOSTED, SIMULATORS, BatchedEnv, simulator_class
+from vlarl.envs.base import HOSTED, BatchedEnv, simulator_class
 from vlarl.envs.homes import environment_python
 from vlarl.envs.hosts import HostedEnv, Hosting
 from vlarl.envs.pool import EnvPool, Feed, FinalFrames, LocalPool
@@ -185,10 +185,11 @@ def build_env(
 ) -> BatchedEnv:
     """One simulator of the global slots `slots`. variation, tasks: None for the recipe's. batches: such simulators that this rank runs."""
     e = replace(run.recipe.env, variation=variation or run.recipe.env.variation, tasks=tasks or run.recipe.env.tasks)
-    if e.simulator in HOSTED and (e.simulator not in SIMULATORS or run.world.device.type == "cpu"):
+    seen = simulator_spec(e)
+    if seen.hosted(run.world.device.type):
         return _hosted_env(run, e, slots, batches)
     if e.simulator == "maniskill":
-        return simulator_class(e.simulator)(len(slots), serial.to_dict(e), simulator_spec(e), run.world.device)
+        return simulator_class(e.simulator)(len(slots), serial.to_dict(e), seen, run.world.device)
     return simulator_class(e.simulator)(
         num_slots=len(slots),
         tasks=e.tasks,

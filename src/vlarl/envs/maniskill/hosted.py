@@ -41,7 +41,7 @@ class Slot:
 
     def observe(self, image_VHWC: np.ndarray, state_D: np.ndarray) -> None:
         """Render into `image_VHWC`, and the robot's state into `state_D`."""
-        image_VHWC[:] = self._now.look()[0].numpy()
+        image_VHWC[:] = self._now.look()[0].cpu().numpy()  # drawn by a GPU where there is one
         state_D[:] = self._now.feel()[0].numpy()
 
     def expert(self, clumsiness: float) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlarl.envs.maniskill.spec import ACTION_DIM, ACTION_PARTS, INSTRUCTIONS, PLATE_TASK, STATE_DIM, spelt_out
-from vlarl.envs.sapien_renderer import install_brdf_table, no_renderer
+from vlarl.envs.sapien_renderer import has_gpu, install_brdf_table, no_renderer
 from vlarl.envs.spec import EnvSpec, EpisodeSpec
 from vlarl.errors import MachineError, PlanError
 from vlarl.rng import fold, integers
@@ -35,7 +35,8 @@ class Outcome(NamedTuple):
 
 
 class Simulation:
-    """`scenes` scenes of one task. settings: the recipe's `env` section as a dict; cuda: simulate and render on the GPU."""
+    """`scenes` scenes of one task. settings: the recipe's `env` section as a dict; cuda: simulate on the GPU.
+    Pictures are drawn by a GPU where there is one."""
 
     def __init__(self, task: str, scenes: int, settings: dict[str, Any], spec: EnvSpec, cuda: bool) -> None:
         """MachineError for missing files or a missing renderer, PlanError for a task, camera or controller that there is not."""
@@ -48,7 +49,7 @@ class Simulation:
         make: dict[str, Any] = {
             "num_envs": scenes, "obs_mode": self._visual_mode, "reward_mode": self._reward_mode(row.cls),
             "control_mode": own["control_mode"] or (None if self._visual_mode == PASTED else HAND_CONTROL),  # None: the robot's first
-            "sim_backend": "physx_cuda" if cuda else "physx_cpu", "render_backend": "gpu" if cuda else "cpu",
+            "sim_backend": "physx_cuda" if cuda else "physx_cpu", "render_backend": "gpu" if cuda or has_gpu() else "cpu",
         }
         if self._visual_mode == "rgb":
             make["sensor_configs"] = {"width": spec.width, "height": spec.height, "shader_pack": own["shader"]}
@@ -213,6 +214,16 @@ def _make(row: Any, make: dict[str, Any]) -> Any:
         if problem is not None:
             raise problem from error
         raise
+    except OSError as error:
+        if make["sim_backend"] != "physx_cuda":
+            raise
+        import sapien
+
+        raise MachineError(
+            f"SAPIEN could not fetch PhysX's GPU library: {error}.",
+            f"Unzip linux-so.zip, of release {sapien.physx.version()} of github.com/sapien-sim/physx-precompiled, into "
+            f"~/.sapien/physx/{sapien.physx.version()}; or simulate on the CPU: env.maniskill.sim_backend=physx_cpu.",
+        ) from error
 
 
 def _resized(image_BHWC: Tensor, height: int, width: int) -> Tensor:

@@ -47,7 +47,8 @@ def spelt_out(task: str) -> str:
     return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", stem)).lower()
 
 
-def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, cameras: int) -> EnvSpec:
-    """What `plan` checks a policy against. cameras: how many are named; none stands for the task's first."""
-    memory = (SLOT_BYTES, GPU_BATCH_BYTES, GPU_SLOT_BYTES)
+def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, cameras: int, on_gpu: bool) -> EnvSpec:
+    """What `plan` checks a policy against. cameras: how many are named; none stands for the task's first. on_gpu: whether a rank that has
+    a GPU simulates there."""
+    memory = (SLOT_BYTES, GPU_BATCH_BYTES if on_gpu else 0, GPU_SLOT_BYTES if on_gpu else 0)
     return EnvSpec("maniskill", tuple(tasks), max(1, cameras), image_size, image_size, STATE_DIM, ACTION_DIM, horizon, *memory)

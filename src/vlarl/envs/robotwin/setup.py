@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from vlarl.envs.robotwin.assets import VARIABLE, find_assets, require_assets
 from vlarl.envs.robotwin.spec import CONFIGURATIONS, WRIST_CAMERAS
-from vlarl.envs.sapien_renderer import install_brdf_table, no_renderer
+from vlarl.envs.sapien_renderer import has_gpu, install_brdf_table, no_renderer
 from vlarl.envs.spec import EnvSpec
 from vlarl.errors import MachineError
 
@@ -145,7 +145,7 @@ def _prepare_renderer(shader: str, spec: EnvSpec) -> None:
     from sapien.wrapper.scene import Scene
 
     if shader == "auto":
-        shader = "rt" if os.path.exists("/dev/nvidia0") else "default"
+        shader = "rt" if has_gpu() else "default"
     if not hasattr(Scene, "vlarl_full_add_camera"):
         Scene.vlarl_full_add_camera = Scene.add_camera
     full = Scene.vlarl_full_add_camera
