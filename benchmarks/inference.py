@@ -10,12 +10,13 @@ same class. Greedy, so that the tokens can be compared.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from vlarl.policies.towers import tower_shape
 from vlarl.recipe.schema import Engine as EngineSettings
 from vlarl.types import Observation
 
+ENGINES = ("eager", "compile", "cuda_graphs", "compile+cuda_graphs")
 FOLDERS = {"openvla": "scratch:tiny-openvla", "openvla-oft": "scratch:tiny"}
 SENTENCES = ("put the red cube on the green plate", "push the blue cube left", "touch the yellow cube")
 WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 2048}
@@ -136,34 +138,72 @@ def peaks(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     return 2 * side**3 / product, big.numel() * 4 / min(seconds(big.sum, device) for _ in range(5))
 
 
-def measure(policy: VLAPolicy, batch: int, repeats: int, top: tuple[float, float]) -> dict[str, Any]:
-    """Both ways in turn, after a warm-up; greedy tokens compared first."""
+def engines(policy: VLAPolicy, wanted: Sequence[str], batch: int, dtype: torch.dtype) -> dict[str, Engine]:
+    """Ways to act by name, those that pass the comparison of log-probs here. eager: batches run as they come."""
+    found = {}
+    for name in wanted:
+        parts = [] if name == "eager" else name.split("+")
+        settings = EngineSettings(compile="compile" in parts, cuda_graphs="cuda_graphs" in parts, batch_sizes=(batch,) if parts else None)
+        left_out = equip(policy, settings, batch, dtype)
+        if left_out:
+            print(*left_out, sep="\n")
+        else:
+            found[name] = policy.engine
+    return found
+
+
+def measure(
+    policy: VLAPolicy, ways: dict[str, Engine], batch: int, repeats: int, top: tuple[float, float], trace: Path | None
+) -> list[dict[str, Any]]:
+    """All ways to act and the plain loop in turn, after a warm-up; greedy tokens compared first."""
     obs = observation(batch, policy.spec.image_size, policy.device)
-    calls = {"ours": lambda: policy.act(obs, None, 1.0, 0), "plain": lambda: plain_loop(policy, obs)}
-    agree = float((policy.act(obs, None, 1.0, 0).token_BN == plain_loop(policy, obs)).double().mean())
+
+    def act(engine: Engine) -> Tensor:
+        policy.engine = engine
+        return policy.act(obs, None, 1.0, 0).token_BN
+
+    expected = plain_loop(policy, obs)
+    rows = {}
+    for name, engine in ways.items():
+        agree = float((act(engine) == expected).double().mean())
+        rows[name] = {"batch": batch, "engine": name, "same_tokens": agree, "logprob_gap": logprob_gap(policy, obs)}
+    calls: dict[str, Callable[[], Tensor]] = {name: functools.partial(act, engine) for name, engine in ways.items()}
+    calls["plain"] = lambda: plain_loop(policy, obs)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(call, policy.device))
-    engine, policy.engine = policy.engine, Engine(policy.engine.sizes)  # a replayed graph shows the counter nothing
-    with FlopCounterMode(display=False) as counter:
-        calls["ours"]()
-    policy.engine = engine
-    steps = policy.spec.action_dim if policy.config.kind == "openvla" else 1
+    eager = Engine()
+    with FlopCounterMode(display=False) as counter:  # of a plain pass: a replayed graph shows the counter nothing
+        act(eager)
+    if trace is not None:
+        write_trace(trace.with_suffix(f".{batch}.txt"), lambda: act(eager), policy.device)
+    bound, plain = floor(policy, batch, counter.get_total_flops(), top), statistics.median(times["plain"])
+    for name, row in rows.items():
+        median = statistics.median(times[name])
+        row |= {"ours_ms": [1e3 * t for t in times[name]], "plain_ms": [1e3 * t for t in times["plain"]], "speedup": plain / median}
+        row |= {"actions_per_second": batch * policy.spec.chunk / median, "roofline_share": bound / median}
+    return list(rows.values())
+
+
+def floor(policy: VLAPolicy, batch: int, flops: int, top: tuple[float, float]) -> float:
+    """Seconds below which no implementation comes: of the first pass and of every cached step after it (OpenVLA's other tokens), the
+    larger of FLOPs over the measured rate and bytes of weights over the measured bandwidth. A step multiplies all rows with all weights."""
+    steps = policy.spec.action_dim - 1 if policy.config.kind == "openvla" else 0
     weights = sum(p.numel() * p.element_size() for p in policy.module.parameters())
-    llama = sum(p.numel() * p.element_size() for p in policy.module.language_model.parameters())
-    bound = max(counter.get_total_flops() / top[0], (weights + (steps - 1) * llama) / top[1])
-    median = {name: statistics.median(t) for name, t in times.items()}
-    return {
-        "batch": batch,
-        "same_tokens": agree,
-        "logprob_gap": logprob_gap(policy, obs),
-        "ours_ms": [1e3 * t for t in times["ours"]],
-        "plain_ms": [1e3 * t for t in times["plain"]],
-        "speedup": median["plain"] / median["ours"],
-        "actions_per_second": batch * policy.spec.chunk / median["ours"],
-        "roofline_share": bound / median["ours"],
-    }
+    llama = list(policy.module.language_model.parameters())
+    step_flops = 2 * batch * sum(p.numel() for p in llama)
+    step = max(step_flops / top[0], sum(p.numel() * p.element_size() for p in llama) / top[1])
+    return max((flops - steps * step_flops) / top[0], weights / top[1]) + steps * step
+
+
+def write_trace(path: Path, call: Callable[[], object], device: torch.device) -> None:
+    """Where the device's time goes in one call, by kind of operation: a table."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        seconds(call, device)
+    order = f"self_{device.type}_time_total"
+    path.write_text(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
 
 
 def main() -> None:
@@ -172,7 +212,8 @@ def main() -> None:
     parser.add_argument("--size", choices=("tiny", "300m", "7b"), default="tiny")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--engine", choices=("compile", "cuda_graphs"), nargs="*", default=[], help="of policy.engine, for our way")
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=["eager"], help="as in policy.engine")
+    parser.add_argument("--trace", type=Path, help="write what takes the time of an eager call here, one table per batch size")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,19 +224,19 @@ def main() -> None:
     print(f"measured peaks: {top[0] / 1e9:.1f} GFLOP/s, {top[1] / 1e9:.1f} GB/s; 1-minute load {os.getloadavg()[0]:.1f}")
     rows = []
     for batch in options.batches:
-        engine = EngineSettings(compile="compile" in options.engine, cuda_graphs="cuda_graphs" in options.engine, batch_sizes=(batch,))
-        for line in equip(policy, engine, batch, dtype) if options.engine else []:
-            print(line)
-        rows.append(measure(policy, batch, options.repeats, top))
-        row = rows[-1]
-        ours, plain = (f"{statistics.median(t):.1f} ({min(t):.1f} to {max(t):.1f}) ms" for t in (row["ours_ms"], row["plain_ms"]))
-        print(f"batch {batch:4d}: ours {ours}, plain {plain}: {row['speedup']:.2f}x; {row['actions_per_second']:.0f} actions/s,", end=" ")
-        print(f"{row['roofline_share']:.0%} of the roofline, same tokens {row['same_tokens']:.1%},", end=" ")
-        print("log-prob gap {:.2g}, at most {:.2g}".format(*row["logprob_gap"]), flush=True)
+        ways = engines(policy, options.engines, batch, dtype)
+        for row in measure(policy, ways, batch, options.repeats, top, options.trace):
+            rows.append(row)
+            ours, plain = (f"{statistics.median(t):.1f} ({min(t):.1f} to {max(t):.1f}) ms" for t in (row["ours_ms"], row["plain_ms"]))
+            print(f"batch {batch:4d}, {row['engine']}: {ours}, plain {plain}: {row['speedup']:.2f}x;", end=" ")
+            print(f"{row['actions_per_second']:.0f} actions/s, {row['roofline_share']:.0%} of the roofline,", end=" ")
+            mean, most = row["logprob_gap"]
+            print(f"same tokens {row['same_tokens']:.1%}, log-prob gap {mean:.2g}, at most {most:.2g}", flush=True)
+        policy.engine.forget()
     if options.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         settings = {"kind": options.kind, "size": options.size, "dtype": str(dtype), "threads": torch.get_num_threads()}
-        settings |= {"engine": options.engine, "load": os.getloadavg()}
+        settings |= {"load": os.getloadavg()}
         figures = {"machine": name, "versions": versions, "settings": settings, "peaks": top, "rows": rows}
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -21,12 +21,13 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from inference import FOLDERS, SENTENCES, build, configure, peaks, seconds
+from inference import FOLDERS, SENTENCES, build, configure, peaks, seconds, write_trace
 from torch import nn
 
 from vlarl.distributed.fsdp import acting, shard
@@ -136,10 +137,10 @@ def rollout(policy: VLAPolicy, samples: int, reuse: bool) -> tuple[TrajectoryBat
 
 
 def measure(
-    world: World, kind: str, size: str, dtype: torch.dtype, variant: Variant, microbatches: Sequence[int], samples: int, repeats: int
+    world: World, policy: VLAPolicy, dtype: torch.dtype, variant: Variant, microbatches: Sequence[int], samples: int, repeats: int,
+    trace: Path | None,
 ) -> list[dict[str, Any]]:
-    """One variant: after a warm-up, every case in turn. A policy at a time is in memory."""
-    policy = build(configure(kind, size), torch.float32, world.device)
+    """One variant: after a warm-up, every case in turn. trace: where to say what takes the time, with most samples at a time."""
     make_trainable(policy.module, variant.lora, variant.freeze, torch.float32, trainable=True)
     assert world.learner is not None
     shard(policy.module, world.learner, dtype, policy.module.fsdp_units(), activation_checkpointing=variant.checkpointing)
@@ -149,17 +150,24 @@ def measure(
     collected = {reuse: rollout(policy, samples, reuse) for reuse in kept}
     prompt = policy.prompts(SENTENCES).ids_BL.shape[1]
     times: dict[tuple[int, bool], list[float]] = {case: [] for case in itertools.product(microbatches, kept)}
+    peak: dict[tuple[int, bool], int] = {}
     for repeat in range(repeats + 1):
         for (microbatch, reuse), taken in times.items():
             settings = Update(minibatches=1, microbatch=microbatch, logprob_gap_limit=1e9)
             learner = Learner(policy, None, optimizer, world, Ppo(), settings, Rollout(), seed=1)
-            once = seconds(lambda learner=learner, given=collected[reuse]: learner.update(*given, 0), world.device)
+            if world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            once = seconds(partial(learner.update, *collected[reuse], 0), world.device)
+            if repeat == repeats and trace is not None and microbatch == max(microbatches):
+                write_trace(trace, partial(learner.update, *collected[reuse], 0), world.device)
             if repeat:
                 taken.append(once)
+                peak[microbatch, reuse] = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
     rows = []
     for (microbatch, reuse), taken in times.items():
         median, count = statistics.median(taken), flops(policy, frozen, reuse, prompt)
         row = {"variant": variant.name + ", reused" * reuse, "microbatch": microbatch, "seconds": taken}
+        row |= {"peak_bytes": peak[microbatch, reuse]}
         row |= {"samples_per_second": samples / median, "gflop_per_sample": count / 1e9, "flops_per_second": count * samples / median}
         rows.append(row)
     return rows
@@ -173,6 +181,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="of one optimiser step")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trace", type=Path, help="write what takes the time here, one table per variant, with most samples at a time")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     recipe = load_recipe(DEBUG, ["ranks=1"])
@@ -188,13 +197,17 @@ def main() -> None:
     print(f"measured peak: {top / 1e9:.1f} GFLOP/s", flush=True)
     rows = []
     for chosen in options.variants:
-        found = measure(world, options.kind, options.size, dtype, VARIANTS[chosen], options.microbatches, options.samples, options.repeats)
+        policy = build(configure(options.kind, options.size), torch.float32, world.device)
+        trace = None if options.trace is None else options.trace.with_suffix(f".{chosen.replace(', ', '-').replace(' ', '-')}.txt")
+        found = measure(world, policy, dtype, VARIANTS[chosen], options.microbatches, options.samples, options.repeats, trace)
+        del policy  # one at a time fits
         gc.collect()
         for row in found:
             row["mfu"] = row.pop("flops_per_second") / top
             spread = f"{options.samples / max(row['seconds']):.2f} to {options.samples / min(row['seconds']):.2f}"
             print(f"{row['variant']:28s} {row['microbatch']:4d} at a time: {row['samples_per_second']:8.2f} samples/s ({spread}),", end=" ")
-            print(f"{row['gflop_per_sample']:.2f} GFLOP each, MFU {row['mfu']:.1%}", flush=True)
+            memory = f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+            print(f"{row['gflop_per_sample']:.2f} GFLOP each, MFU {row['mfu']:.1%}{memory}", flush=True)
         rows += found
     if options.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

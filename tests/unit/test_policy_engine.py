@@ -147,6 +147,7 @@ def test_nothing_is_padded_unless_asked() -> None:
 @pytest.mark.slow
 def test_compiled_blocks_act_alike_and_learning_stays_plain() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     policy = load_policy("scratch:tiny-openvla", seed=1)
     obs, chance = observation(3), noise(policy, 3)
     plain = policy.act(obs, chance, 1.0, 0)
@@ -156,6 +157,9 @@ def test_compiled_blocks_act_alike_and_learning_stays_plain() -> None:
     assert torch.equal(chunk.token_BN, plain.token_BN)
     assert (chunk.logprob_BN - plain.logprob_BN).abs().max() < 1e-5
     assert action_gap(policy) < 1e-5
+    # One code for all blocks of a kind, however many layers there are: two towers, of which the one without prefix tokens begins with
+    # other strides than it goes on, and Llama's prompts.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert not any("forward" in vars(block) for block in policy.module.fsdp_units())
     # Weights are inputs: what learning changes in place is acted by.
     with torch.no_grad():

@@ -5,9 +5,8 @@ Legend: B batch, V views, P patches, L prompt tokens, S positions, D hidden widt
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +161,7 @@ def decode_causally(module: OpenVLA, prefix: Prefix, token: Tensor | Choose | No
         embedding_BSD = torch.cat([prefix.embedding_BSD, embed(token[:, :-1] + low)], dim=1)
         hidden_BND = run_layers(llama, embedding_BSD, position_BS, _causal(seen_BS), causal=True)[:, length - 1 :]
         return module.read_tokens(hidden_BND), module.read_value(hidden_BND[:, 0])
-    cache = KeyValues(total)
+    cache = [KeyValues(total) for _ in llama.layers]
     prefill = None if seen_BS is None else _causal(seen_BS[:, :length])
     hidden_B1D = run_layers(llama, prefix.embedding_BSD, position_BS[:, :length], prefill, causal=True, cache=cache)[:, -1:]
     value_BJ = module.read_value(hidden_B1D[:, 0])
@@ -194,31 +193,31 @@ def _causal(seen_BS: Tensor | None) -> Tensor | None:
 
 
 class KeyValues:
-    """Keys and values of all layers, allocated once for `length` positions. Llama's attention calls `update`.
+    """Keys and values of one layer, allocated once for `length` positions. Its attention calls `update`.
 
-    How far it is filled is a Python number, so nothing waits for the device, and a pass over whole prompts keeps the fast kernels.
+    How far it is filled is a Python number, so nothing waits for the device, and a pass over whole prompts keeps the fast kernels. One
+    for each layer, and not one for all, because layers that differ in nothing but their weights share compiled code.
     """
 
     def __init__(self, length: int) -> None:
-        self._length = length
-        self._store: dict[int, tuple[Tensor, Tensor]] = {}
-        self._filled: dict[int, int] = {}
+        self._length, self._filled = length, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
 
-    def update(self, key_BHSD: Tensor, value_BHSD: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Append S positions of one layer; returns everything up to them."""
-        if layer not in self._store:
-            batch, heads, _length, width = key_BHSD.shape
-            empty = partial(key_BHSD.new_empty, batch, heads, self._length, width)
-            self._store[layer], self._filled[layer] = (empty(), empty()), 0
-        start, keys, values = self._filled[layer], *self._store[layer]
-        end = start + key_BHSD.shape[2]
-        keys[:, :, start:end], values[:, :, start:end] = key_BHSD, value_BHSD
-        self._filled[layer] = end
-        return (key_BHSD, value_BHSD) if start == 0 else (keys[:, :, :end], values[:, :, :end])
+    def update(self, key_BHSD: Tensor, value_BHSD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        """Append S positions; returns everything up to them."""
+        start, end = self._filled, self._filled + key_BHSD.shape[2]
+        if self._keys is None or self._values is None:
+            batch, heads, _positions, width = key_BHSD.shape
+            self._keys = key_BHSD.new_empty(batch, heads, self._length, width)
+            self._values = torch.empty_like(self._keys)
+        self._keys[:, :, start:end], self._values[:, :, start:end] = key_BHSD, value_BHSD
+        self._filled = end
+        return (key_BHSD, value_BHSD) if start == 0 else (self._keys[:, :, :end], self._values[:, :, :end])
 
 
 def run_layers(
-    llama: LlamaModel, x_BSD: Tensor, position_BS: Tensor, seen: Tensor | None, causal: bool, cache: KeyValues | None = None
+    llama: LlamaModel, x_BSD: Tensor, position_BS: Tensor, seen: Tensor | None, causal: bool, cache: Sequence[KeyValues] | None = None
 ) -> Tensor:
     """Hidden states after the final norm (B,S,D).
 
@@ -226,8 +225,9 @@ def run_layers(
     directly: the model's own forward would derive a mask once more, and look at the positions on the host to do so.
     """
     rotary = llama.rotary_emb(x_BSD, position_ids=position_BS)
-    for layer in llama.layers:
-        x_BSD = layer(x_BSD, attention_mask=seen, position_embeddings=rotary, past_key_values=cache, is_causal=causal)
+    for i, layer in enumerate(llama.layers):
+        own = None if cache is None else cache[i]
+        x_BSD = layer(x_BSD, attention_mask=seen, position_embeddings=rotary, past_key_values=own, is_causal=causal)
     return llama.norm(x_BSD)
 
 
