@@ -13,13 +13,14 @@ from vlarl.envs.spec import EnvSpec
 from vlarl.errors import PlanError
 from vlarl.plan.cluster import Cluster
 from vlarl.plan.compile import compile_plan, rank_count
-from vlarl.plan.memory import checkpoint_bytes
+from vlarl.plan.memory import DRAWING, checkpoint_bytes
 from vlarl.plan.placement import PlacementPlan, phase_bytes
 from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.policies.published import PUBLISHED, ROBOTWIN_TASKS
 from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.load import load_recipe
 from vlarl.recipe.schema import Env, Eval, Grpo, Lora, Placement, Policy, Ppo, Recipe, Update, Warmstart
+from vlarl.recipe.simulators import Libero, Maniskill
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 PUBLISHED_RUNS = [path for path in SHIPPED if load_recipe(path, []).policy.checkpoint in PUBLISHED]
@@ -233,20 +234,37 @@ def test_published_runs_fit_eight_gpus_and_say_what_smaller_machines_need(path: 
     published = {"maniskill": 640, "libero": 16384, "robotwin": 1024}  # samples an optimiser step
     assert whole.update.minibatch_samples == published[recipe.env.simulator]
     assert len(planned(gpus(4)).ranks) == 4
+    # On one card, fewer processes draw: 64 of LIBERO's would take 31 GiB of it, 128 of RoboTwin's more than there is.
+    few = () if recipe.env.simulator == "maniskill" else ("env.slots_per_host=8", f"env.parallel={min(recipe.env.parallel, 64)}")
     if recipe.policy.lora is None:
         with pytest.raises(PlanError, match="Adam.s moments, sharded most of all") as full:
-            planned(gpus(1))
+            planned(gpus(1), *few)
         assert full.value.hint == "Use more ranks or policy.lora."
     lora = "policy.lora={rank: 32}"
-    assert planned(gpus(1), lora, "eval.parallel=64").update.minibatch_samples == whole.update.minibatch_samples
+    assert planned(gpus(1), lora, "eval.parallel=64", *few).update.minibatch_samples == whole.update.minibatch_samples
     # 7.5 billion frozen weights are 14.0 GiB in bfloat16: one card of 24 GiB holds either those or the copy that acts, one of 16 neither.
-    small = (lora, "env.parallel=16", "eval.parallel=8", "update.microbatch=4")
+    small = (lora, *few, "env.parallel=16", "eval.parallel=8", "update.microbatch=4")
     alone = planned(gpus(1, gib=24), *small)
     assert alone.residency.rollout[-1:] == ("weights",) and alone.residency.update == ("gradients",)
     with pytest.raises(PlanError, match=r"policy gathered for acting most of all \(14\.[01] GiB\)") as little:
         planned(gpus(1, gib=16), *small)
     assert little.value.hint.startswith("Use GPUs with more memory")
-    assert len(planned(gpus(8, gib=24), *small[:1], "env.parallel=64", *small[2:]).ranks) == 8
+    assert len(planned(gpus(8, gib=24), *small, "env.parallel=64").ranks) == 8
+
+
+def test_processes_that_draw_on_a_gpu_take_some_of_it() -> None:
+    def rows(cluster: Cluster, **settings: Any) -> dict[str, int]:
+        env = Env(parallel=4, **settings)
+        plan = compile_plan(with_(env=env), cluster, replace(POLICY, views=1), simulator_spec(env))
+        return {row.where: row.bytes for row in plan.memory if (row.phase, row.component) == ("rollout", DRAWING)}
+
+    assert rows(gpus(1), simulator="libero", tasks=("libero_goal",)) == {"device": 4 * 490 * 2**20}
+    assert rows(gpus(1), simulator="libero", tasks=("libero_goal",), slots_per_host=2) == {"device": 2 * 490 * 2**20}
+    assert rows(gpus(1), simulator="libero", tasks=("libero_goal",), libero=Libero(gl="osmesa")) == {}
+    cube, on_cpu = ("PickCube-v1",), Maniskill(sim_backend="physx_cpu")
+    assert rows(gpus(1), simulator="maniskill", tasks=cube) == {}  # in the rank
+    assert rows(gpus(1), simulator="maniskill", tasks=cube, maniskill=on_cpu) == {"device": 4 * 820 * 2**20}
+    assert rows(LAPTOP, simulator="libero", tasks=("libero_goal",)) == {}
 
 
 def test_maniskill_lives_in_the_rank_on_a_gpu_and_beside_it_on_a_cpu() -> None:

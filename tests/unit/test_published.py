@@ -75,8 +75,9 @@ def test_a_run_is_planned_without_its_checkpoint_and_starts_only_with_it(
     assert json.loads(text)["update"]["samples"] == 64 * 16 * 64  # slots x episodes x chunks
     small = replace(GPUS, devices_per_node=1)
     cluster.write_text(serial.dumps(small))
-    code, _, text = vlarl("plan", "libero-goal-oft-grpo", "--cluster", str(cluster))
-    assert (code, "policy.lora" in text) == (2, True)
+    for changes, fix in (((), "env.slots_per_host"), (("env.slots_per_host=8",), "policy.lora")):
+        code, _, text = vlarl("plan", "libero-goal-oft-grpo", *changes, "--cluster", str(cluster))
+        assert (code, fix in text) == (2, True)
     monkeypatch.setattr(run, "discover", lambda device: GPUS)
     code, _, text = vlarl("train", "libero-goal-oft-grpo", "--out", "out")
     assert code == 2

@@ -32,7 +32,8 @@ class EnvSpec:
     state_dim: length of the proprioceptive vector (0: none). action_dim: numbers per action, each in [-1, 1]
     before un-normalisation. horizon: control steps after which an episode is truncated. slot_bytes: memory of a slot that is played in a
     process of its own; 0: slots live in the rank. gpu_batch_bytes, gpu_slot_bytes: device memory where a rank with a GPU plays the slots
-    itself instead, of a batch and of every slot in it; 0: a GPU makes no difference.
+    itself instead, of a batch and of every slot in it; 0: a GPU makes no difference. process_gpu_bytes: device memory of a process of
+    slots that draws on a GPU.
     """
 
     name: str
@@ -46,6 +47,7 @@ class EnvSpec:
     slot_bytes: int = 0
     gpu_batch_bytes: int = 0
     gpu_slot_bytes: int = 0
+    process_gpu_bytes: int = 0
 
     def hosted(self, device: str) -> bool:
         """Whether a rank on `device` (cpu, cuda) has the slots played in processes of their own."""

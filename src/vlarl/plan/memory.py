@@ -21,6 +21,7 @@ BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 BUFFER = "rollout buffer (frames as uint8)"
 FEATURES = "frozen towers' features, kept for the update"
 HOSTS = "simulator processes"  # begins the component's name; how many of what size follows
+DRAWING = "drawing, by simulator processes"
 SCENES = "simulator's scenes, never moved"
 BINS = 256  # action bins: logits per token
 ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
@@ -113,7 +114,9 @@ def _scenes(recipe: Recipe, env: EnvSpec, sizes: Sizes, slots: int, batches: int
         each = min(recipe.env.slots_per_host, slots // batches)
         hosts = batches * -(-(slots // batches) // each)
         shape = f"{hosts} x {each} env{'s' if each > 1 else ''}, {each * env.slot_bytes / 2**30:.1f} GiB each"
-        return [_Line(f"{HOSTS}{whose}: {shape}", slots * env.slot_bytes, host=True)]
+        drawing = hosts * env.process_gpu_bytes if sizes.device == "cuda" else 0
+        lines = [_Line(f"{HOSTS}{whose}: {shape}", slots * env.slot_bytes, host=True)]
+        return lines + [_Line(f"{DRAWING}{whose}", drawing)] * (drawing > 0)
     if sizes.device == "cuda" and env.gpu_slot_bytes:
         return [_Line(SCENES, batches * env.gpu_batch_bytes + slots * env.gpu_slot_bytes)]
     return [_Line(SCENES, slots * SCENE_BYTES)]

@@ -21,6 +21,7 @@ ADVICE = {
     "frozen towers' features": "Set update.features to recompute.",
     "rollout buffer": "Lower env.parallel, or what is collected per update.",
     "simulator processes": "Lower env.parallel or eval.parallel; every slot is a simulator of its own.",
+    "drawing, by": "Set env.slots_per_host, so that fewer processes draw, or lower env.parallel or eval.parallel.",
     "simulator's scenes": "Lower env.parallel, eval.parallel or placement.stages.",
     "camera frames": "Lower env.parallel or env.image_size.",
 }

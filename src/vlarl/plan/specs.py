@@ -22,8 +22,9 @@ def simulator_spec(env: Env) -> EnvSpec:
     if env.simulator == "robotwin":
         own = env.robotwin
         return robotwin.env_spec(env.tasks, env.horizon, env.image_size, own.camera, len(own.cameras))
-    facts = {"tabletop": tabletop.env_spec, "libero": libero.env_spec}[env.simulator]
-    return facts(env.tasks, env.horizon, env.image_size, env.wrist_camera)
+    if env.simulator == "libero":
+        return libero.env_spec(env.tasks, env.horizon, env.image_size, env.wrist_camera, env.libero.gl)
+    return tabletop.env_spec(env.tasks, env.horizon, env.image_size, env.wrist_camera)
 
 
 def policy_spec(recipe: Recipe) -> PolicySpec:

@@ -10,6 +10,7 @@ VARIATIONS = ("train",)
 INIT_STATES = 50  # stored per task
 STATE_DIM = 8
 ACTION_DIM = 7
+PROCESS_GPU_BYTES = 490 * 2**20  # with EGL, two cameras of 128 pixels: what the driver says on an H200
 SLOT_BYTES = 2 * 2**30  # measured: 1.7 to 1.9 GiB, with the scene and its renderer
 
 
@@ -40,8 +41,9 @@ def reset_seed(seed: int, init_state: int) -> int:
     return (seed * 1000003 + init_state) % 2**32
 
 
-def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, wrist_camera: bool) -> EnvSpec:
-    """What `plan` checks a policy against. tasks: names that `expand` knows."""
+def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, wrist_camera: bool, gl: str) -> EnvSpec:
+    """What `plan` checks a policy against. tasks: names that `expand` knows. gl: the renderer, of which OSMesa needs no GPU."""
     names = tuple(one for name in tasks for one in expand(name) or ())
     views = 2 if wrist_camera else 1
-    return EnvSpec("libero", names, views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, SLOT_BYTES)
+    memory = {"slot_bytes": SLOT_BYTES, "process_gpu_bytes": 0 if gl == "osmesa" else PROCESS_GPU_BYTES}
+    return EnvSpec("libero", names, views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, **memory)

@@ -12,6 +12,7 @@ SLOT_BYTES = 1_100_000_000  # of a process with one scene and pictures: 0.8 to 1
 # renderer; a scene: its bodies, and a camera of 640 x 480 pixels with colour, position and segmentation, twice.
 GPU_BATCH_BYTES = 3 * 2**29
 GPU_SLOT_BYTES = 32 * 2**20
+PROCESS_GPU_BYTES = 820 * 2**20  # what the driver says of a process that simulates on the CPU and draws on a GPU (H200, 64 to 128 pixels)
 ACTION_DIM = 7
 PLATE_TASK = "PutOnPlateInScene25Main-v3"  # plays every setting of the plate suite, by env.variation
 VARIATIONS = tuple(SETTINGS)
@@ -50,5 +51,5 @@ def spelt_out(task: str) -> str:
 def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, cameras: int, on_gpu: bool) -> EnvSpec:
     """What `plan` checks a policy against. cameras: how many are named; none stands for the task's first. on_gpu: whether a rank that has
     a GPU simulates there."""
-    memory = (SLOT_BYTES, GPU_BATCH_BYTES if on_gpu else 0, GPU_SLOT_BYTES if on_gpu else 0)
+    memory = (SLOT_BYTES, GPU_BATCH_BYTES if on_gpu else 0, GPU_SLOT_BYTES if on_gpu else 0, PROCESS_GPU_BYTES)
     return EnvSpec("maniskill", tuple(tasks), max(1, cameras), image_size, image_size, STATE_DIM, ACTION_DIM, horizon, *memory)

@@ -23,6 +23,7 @@ WRIST_CAMERAS = ("left_camera", "right_camera")
 STATE_DIM = 14  # six joints (rad) and the gripper (0 closed, 1 open) of the left arm, then of the right
 ACTION_DIM = 14
 SLOT_BYTES = 1_400_000_000  # of a process with one scene: 1.2 GB were measured with boxes and three cameras; meshes come on top
+PROCESS_GPU_BYTES = 820 * 2**20  # as measured of ManiSkill, which draws with the same library; with traced rays it was not measured
 
 
 def scene_seed(listed: Sequence[int], init_state: int) -> int:
@@ -36,4 +37,5 @@ def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, camera: str,
     """What `plan` checks a policy against. image_size: height of frames, pixels; the type of camera gives the width."""
     across, down = ASPECT[camera]
     width = round(image_size * across / down)
-    return EnvSpec("robotwin", tuple(tasks), views, image_size, width, STATE_DIM, ACTION_DIM, horizon, SLOT_BYTES)
+    memory = {"slot_bytes": SLOT_BYTES, "process_gpu_bytes": PROCESS_GPU_BYTES}
+    return EnvSpec("robotwin", tuple(tasks), views, image_size, width, STATE_DIM, ACTION_DIM, horizon, **memory)
