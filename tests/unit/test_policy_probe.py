@@ -39,8 +39,8 @@ def test_padding_that_leaks_is_refused(policy: VLAPolicy, monkeypatch: pytest.Mo
     """Pads that are attended to: a batch of prompts of unequal length gives other actions than its rows."""
     real = policy.prompts
 
-    def leaking(instruction: tuple[str, ...]) -> object:
-        prompt = real(instruction)
+    def leaking(instruction: tuple[str, ...], multiple: int) -> object:
+        prompt = real(instruction, multiple)
         return type(prompt)(prompt.ids_BL, None)
 
     monkeypatch.setattr(policy, "prompts", leaking)

@@ -28,7 +28,7 @@ ACTIVATION_BYTES = 34 / 2  # per token, hidden number and byte of precision
 CHECKPOINTED_BYTES = 2 / 2
 LAYERWISE_PARAMETERS = 50_000_000  # larger policies are gathered layer by layer while learning
 PROCESS_BYTES = 600 * 2**20  # interpreter, torch and its libraries
-CUDA_CONTEXT_BYTES = 700 * 2**20
+CUDA_CONTEXT_BYTES = 1300 * 2**20  # with the kernels of its libraries, their workspaces and NCCL: measured on an H200
 SCENE_BYTES = 4096  # state of one slot of an in-process simulator
 RENDER_BYTES_PER_PIXEL = 64  # colour, depth and ray of one pixel while a frame is drawn
 

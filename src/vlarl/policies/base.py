@@ -165,7 +165,8 @@ class VLAPolicy:
         return self._forward(obs, None, token_BN.to(self.device))[0]
 
     def _forward(self, obs: Observation, feature_BPF: Tensor | None, token: Tensor) -> tuple[Tensor, Tensor]:
-        prompt = self.prompts(obs.instruction)
+        # Padded as for acting: other lengths and masks choose other kernels, and in bfloat16 their rounding shows in the log-probs.
+        prompt = self.prompts(obs.instruction, self.engine.prompt_multiple)
         image = obs.image_BVHWC if feature_BPF is None else feature_BPF
         state = self.codec.normalize_state(obs.state_BD.to(self.device)) if self.config.proprio_dim else None
         logits_BNM, value_BJ = self.module(image.to(self.device), prompt.ids_BL, prompt.mask_BL, state, token)

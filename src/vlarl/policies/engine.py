@@ -1,6 +1,7 @@
 """Owns how acting runs its forward pass: at few shapes, with compiled blocks, replayed from CUDA graphs; each proved before it is used.
 
-Learning never comes here: `VLAPolicy.evaluate` runs the plain blocks, and what acting computed is held against it (`equip`).
+Learning never comes here: `VLAPolicy.evaluate` runs the plain blocks, on prompts padded alike, and what acting computed is held against it
+(`equip`).
 Legend: B batch, L prompt tokens.
 """
 from __future__ import annotations

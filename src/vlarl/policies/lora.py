@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import peft.tuners.lora.layer as lora_layers
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from vlarl.policies.adapter import PREFIX, config_of
 if TYPE_CHECKING:
     from vlarl.recipe.schema import Lora
 
+ADAPTER = "default"  # peft's name for the one that there is
 PARTS = {"vision": "vision_backbone", "projector": "projector", "language": "language_model"}
 
 
@@ -35,9 +37,28 @@ def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str], layers: Se
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=chosen, init_lora_weights="gaussian")  # type: ignore[arg-type]
     empty = next(module.parameters()).is_meta
     inject_adapter_in_model(config, module, low_cpu_mem_usage=empty)  # adapters are as empty as the module is
+    for layer in module.modules():
+        if type(layer) is lora_layers.Linear:
+            layer.__class__ = AddedLinear
     for name in resting:
         module.get_submodule(name).requires_grad_(False)
     module.value_head.requires_grad_(True)
+
+
+class AddedLinear(lora_layers.Linear):
+    """peft's linear layer with one adapter, always on: W x + scale * B A x, of which the second product is added as it is made.
+
+    peft reads and writes the whole output twice more, forward and backward: to scale it, and to add it.
+    """
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        """(..., in) -> (..., out)."""
+        flat = x.flatten(0, -2)  # of a result that is no view, so that autograd need not copy where it is changed in place
+        result = self.base_layer(flat)
+        down, up = (cast(nn.Linear, part[ADAPTER]) for part in (self.lora_A, self.lora_B))
+        small = down(self.lora_dropout[ADAPTER](flat.to(down.weight.dtype)))
+        result.addmm_(small.to(result.dtype), up.weight.to(result.dtype).t(), alpha=self.scaling[ADAPTER])
+        return result.unflatten(0, x.shape[:-1])
 
 
 def _targets(module: nn.Module, lora: Lora, freeze: Sequence[str]) -> list[str]:
