@@ -33,7 +33,7 @@ def test_names_of_tasks() -> None:
     merged = expand("libero_130")
     assert merged is not None and len(set(merged)) == len(merged) == 130
     assert [expand(name) for name in ("libero_goal-10", "libero_goal-03", "libero_goal-x", "libero_100", "goal-1")] == [None] * 5
-    assert env_spec(("libero_90", "libero_10-2"), 5, 64, False).tasks[-2:] == ("libero_90-89", "libero_10-2")
+    assert env_spec(("libero_90", "libero_10-2"), 5, 64, False, "auto").tasks[-2:] == ("libero_90-89", "libero_10-2")
     assert sum(SUITES.values()) == 130
 
 
@@ -126,7 +126,7 @@ def hosting(folder: Path, per_host: int, **changes: Any) -> Hosting:
 
 @needs_libero
 def test_one_host_or_three_and_one_killed_within_an_episode_play_the_same(tmp_path: Path) -> None:
-    spec, index = env_spec(("libero_object-0",), 20, 64, False), torch.arange(3)
+    spec, index = env_spec(("libero_object-0",), 20, 64, False, "auto"), torch.arange(3)
     actions = torch.from_numpy(np.random.RandomState(1).uniform(-1, 1, (2, 3, 2, 7)).astype(np.float32))
     seen = []
     for per_host in (3, 1):
@@ -152,7 +152,7 @@ def _hosts() -> list[int]:
 
 @needs_libero
 def test_missing_assets_are_named(tmp_path: Path) -> None:
-    spec = env_spec(("libero_object-0",), 20, 64, False)
+    spec = env_spec(("libero_object-0",), 20, 64, False, "auto")
     with pytest.raises(MachineError, match="lacks LIBERO's assets scenes"):
         HostedEnv(1, 0, spec, hosting(tmp_path, 1, assets=str(tmp_path)), torch.device("cpu"), lambda n, total: None)
 

@@ -18,7 +18,7 @@ from vlarl.envs.spec import EpisodeSpec  # noqa: E402
 
 SIZE, SETTLE = 64, 3
 EPISODE = EpisodeSpec(0, 0, 3, 7)  # stored state 3
-SPEC = env_spec(("libero_spatial-4", "libero_object-0"), 200, SIZE, True)  # the first has a drawer that is open from the start
+SPEC = env_spec(("libero_spatial-4", "libero_object-0"), 200, SIZE, True, "auto")  # the first has a drawer that is open from the start
 ACTIONS = np.random.RandomState(0).uniform(-1, 1, (4, 7)).astype(np.float32)
 
 
