@@ -100,10 +100,11 @@ def _act_after_a_change(world: World) -> bool:
     """A forward without backward leaves the root gathered; acting must see what changed since."""
     module, x = ToyPolicy(F64), toy_batch(F64)
     _shard(module, world, per_block=False)
+    shards = list(module.parameters())  # while none is gathered
     with torch.no_grad():
         module(x)
-        for shard in [p for unit in fsdp._fsdp_modules(module) for g in unit._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params]:
-            fsdp.local_shard(shard.sharded_param).zero_()
+        for shard in shards:
+            fsdp.local_shard(shard).zero_()
     with fsdp.acting(module):
         return bool((module(x)[0] == 0).all())
 
