@@ -1,37 +1,32 @@
-"""Owns: the layers with adapters compute what peft's own do, forward and backward."""
+"""Owns: the layers that get adapters compute what peft's own do, forward and backward."""
 from __future__ import annotations
-
-import copy
 
 import peft.tuners.lora.layer as lora_layers
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor
 
-from vlarl.policies.lora import AddedLinear
+from vlarl.policies.checkpoint import load_policy
+from vlarl.policies.lora import inject_lora
+from vlarl.recipe.schema import Lora
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_adapters_product_is_added_as_peft_adds_it(bias: bool) -> None:
-    torch.manual_seed(0)
-    theirs = nn.Sequential(nn.Linear(6, 8, bias), nn.Tanh(), nn.Linear(8, 5, bias))
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"], init_lora_weights=False)  # type: ignore[arg-type]
-    inject_adapter_in_model(config, theirs)
-    theirs.double()
-    ours = copy.deepcopy(theirs)
-    changed = [layer for layer in ours.modules() if type(layer) is lora_layers.Linear]
-    for layer in changed:
-        layer.__class__ = AddedLinear
-    assert len(changed) == 2
-    inputs = [torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
-    outputs = [module(x) for module, x in zip((theirs, ours), inputs, strict=True)]
-    assert outputs[0].shape == outputs[1].shape == (2, 4, 5)
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-14)
-    for output in outputs:
-        output.square().sum().backward()
-    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=0, atol=1e-13)
-    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert (a.grad is not None, b.grad is not None) == (".lora_" in name,) * 2
-        if a.grad is not None:
-            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("alpha", [4, 1])
+def test_adapters_products_are_added_as_peft_adds_them(alpha: int) -> None:
+    module = load_policy("scratch:tiny", seed=1).module.double()
+    inject_lora(module, Lora(rank=4, alpha=alpha), (), ())
+    layers = [layer for layer in module.modules() if isinstance(layer, lora_layers.Linear)]
+    assert len(layers) > 20 and {layer.base_layer.bias is None for layer in layers} == {True, False}
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
+
+        def run(forward: object, layer: lora_layers.Linear = layer, x: Tensor = x) -> list[Tensor]:
+            output = forward(layer, x)  # type: ignore[operator]
+            wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+            return [output, *torch.autograd.grad(output.square().sum(), wanted)]
+
+        theirs, ours = run(lora_layers.Linear.forward), run(type(layer).forward)
+        assert type(layer).forward is not lora_layers.Linear.forward
+        for a, b in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)

@@ -80,6 +80,20 @@ def test_prompts_of_one_length_share_a_shape_with_others() -> None:
 
 
 @pytest.mark.parametrize("source", FAMILIES)
+def test_learning_sees_prompts_padded_as_acting_did(source: str) -> None:
+    """Else the two would run other kernels, whose rounding shows in bfloat16."""
+    policy, seen = load_policy(source, seed=1), list[tuple[torch.Size, bool]]()
+    policy.module.register_forward_pre_hook(lambda _, given: seen.append((given[1].shape, given[2] is None)))
+    obs = observation(3)
+    for engine in (Engine(), Engine((3,))):
+        policy.engine = engine
+        chunk = policy.act(obs, noise(policy, 3), 1.0, 0)
+        policy.evaluate(obs, chunk.token_BN, 1.0, 0)
+    assert seen[0] == seen[1] and seen[2] == seen[3]
+    assert seen[0] != seen[2] and seen[2][0][1] % 8 == 0
+
+
+@pytest.mark.parametrize("source", FAMILIES)
 def test_acting_never_waits_for_the_device(source: str) -> None:
     """On the meta device there is nothing to wait for: a number, a copy to the host or a shape that depends on values raises."""
     policy = load_policy(source, seed=1)

@@ -15,7 +15,7 @@ from vlarl.policies.adapter import PREFIX, config_of
 if TYPE_CHECKING:
     from vlarl.recipe.schema import Lora
 
-ADAPTER = "default"  # peft's name for the one that there is
+ADAPTER = "default"  # the one that there is, in state dicts
 PARTS = {"vision": "vision_backbone", "projector": "projector", "language": "language_model"}
 
 
@@ -36,7 +36,7 @@ def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str], layers: Se
     alpha = lora.rank * lora.scale
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=chosen, init_lora_weights="gaussian")  # type: ignore[arg-type]
     empty = next(module.parameters()).is_meta
-    inject_adapter_in_model(config, module, low_cpu_mem_usage=empty)  # adapters are as empty as the module is
+    inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=empty)  # adapters are as empty as the module is
     for layer in module.modules():
         if type(layer) is lora_layers.Linear:
             layer.__class__ = AddedLinear
@@ -95,7 +95,7 @@ def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
             continue
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
-            a, b = state[f"{layer}.lora_A.default.weight"], state[f"{layer}.lora_B.default.weight"]
+            a, b = (state[f"{layer}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
             wide = torch.promote_types(tensor.dtype, torch.float32)
             update = (b.to(wide).flatten(1) @ a.to(wide).flatten(1)).view_as(tensor)
             tensor = (tensor.to(wide) + scale * update).to(tensor.dtype)
@@ -106,7 +106,7 @@ def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 def adapter_state(state: dict[str, Tensor], scale: float, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state dict with adapters -> what PEFT stores of it: the factors under its names, and adapter_config.json."""
     factors = {
-        PREFIX + name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in state.items() if ".lora_" in name
+        PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous() for name, tensor in state.items() if ".lora_" in name
     }
     layers = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in factors})
     rank = factors[f"{PREFIX}{layers[0]}.lora_A.weight"].shape[0]
