@@ -35,7 +35,7 @@ def env(task: str = "PickCube-v1", reward: Any = "sparse", horizon: int = 50, **
 
 
 def simulation(recipe: Env) -> Simulation:
-    return Simulation(recipe.tasks[0], 1, serial.to_dict(recipe), simulator_spec(recipe), cuda=False)
+    return Simulation(recipe.tasks[0], 1, serial.to_dict(recipe), simulator_spec(recipe), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +176,16 @@ def test_mistakes_are_named_before_the_simulator_asks() -> None:
         simulation(env(control_mode="pd_joint_pos"))
     with pytest.raises(PlanError, match="one scene per process"):
         ManiSkill(2, serial.to_dict(env()), simulator_spec(env()), CPU)
+
+
+def test_a_missing_library_for_physics_on_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sapien import physx
+
+    def offline() -> None:
+        raise ConnectionError("no route to github.com")
+
+    monkeypatch.setattr(physx, "enable_gpu", offline)
+    recipe = Env(simulator="maniskill", tasks=("PickCube-v1",))
+    with pytest.raises(MachineError, match="could not fetch or load PhysX's GPU library: no route") as caught:
+        Simulation("PickCube-v1", 1, serial.to_dict(recipe), simulator_spec(recipe), torch.device("cuda"))
+    assert "~/.sapien/physx/" in caught.value.hint and "sim_backend=physx_cpu" in caught.value.hint

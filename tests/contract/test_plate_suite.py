@@ -30,7 +30,7 @@ def opened(setting: str, size: int = 128, task: str = PLATE_TASK, reward: Any = 
     standin.write_all()
     own = Maniskill(gripper="unit")
     env = Env(simulator="maniskill", tasks=(task,), variation=setting, horizon=80, image_size=size, reward=reward, maniskill=own)
-    simulation = Simulation(task, 1, serial.to_dict(env), simulator_spec(env), cuda=False)
+    simulation = Simulation(task, 1, serial.to_dict(env), simulator_spec(env), torch.device("cpu"))
     try:
         yield simulation
     finally:

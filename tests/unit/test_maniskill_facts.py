@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlarl.envs.base import HOSTED, SIMULATORS
-from vlarl.envs.maniskill import plate_pictures
+from vlarl.envs.maniskill import plate_pictures, simulation
 from vlarl.envs.maniskill.plate_assets import read_assets
 from vlarl.envs.maniskill.spec import PLATE_TASK, is_task_id, spelt_out
 from vlarl.envs.sapien_renderer import brdf_table
@@ -22,6 +22,7 @@ from vlarl.policies.spec import PolicySpec
 from vlarl.recipe.rules import recipe_clashes
 from vlarl.recipe.schema import Eval, Placement, Policy, Recipe, Update
 from vlarl.recipe.simulators import Env, Maniskill
+from vlarl.worker.setup import drawing_device
 
 
 def blamed(**env: Any) -> list[str]:
@@ -113,3 +114,19 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"more_carrot/model_db.json.*hf download .*RLinf/maniskill_assets --local-dir .*") as caught:
         read_assets(tmp_path / "put_on_plate_25")
     assert str(tmp_path) in caught.value.message and str(tmp_path) in caught.value.hint
+
+
+def test_scenes_are_simulated_and_drawn_by_the_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = {"sim_backend": "physx_cuda:2", "render_backend": "sapien_cuda:2"}
+    assert simulation.backends(torch.device("cuda", 2)) == third
+    for there, drawn in ((True, "gpu"), (False, "cpu")):
+        monkeypatch.setattr(simulation, "has_gpu", lambda there=there: there)
+        assert simulation.backends(torch.device("cpu")) == {"sim_backend": "physx_cpu", "render_backend": drawn}
+
+
+def test_hosts_draw_on_their_ranks_gpu() -> None:
+    second = torch.device("cuda", 1)
+    assert drawing_device(torch.device("cpu"), "0,1") == {}
+    assert drawing_device(second, None) == {"CUDA_VISIBLE_DEVICES": "1", "MUJOCO_EGL_DEVICE_ID": "1"}
+    assert drawing_device(second, "4, 6") == {"CUDA_VISIBLE_DEVICES": "6", "MUJOCO_EGL_DEVICE_ID": "6"}
+    assert drawing_device(second, "GPU-a,GPU-b") == {"CUDA_VISIBLE_DEVICES": "GPU-b"}

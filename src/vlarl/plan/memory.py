@@ -114,9 +114,10 @@ def _scenes(recipe: Recipe, env: EnvSpec, sizes: Sizes, slots: int, batches: int
         each = min(recipe.env.slots_per_host, slots // batches)
         hosts = batches * -(-(slots // batches) // each)
         shape = f"{hosts} x {each} env{'s' if each > 1 else ''}, {each * env.slot_bytes / 2**30:.1f} GiB each"
-        drawing = hosts * env.process_gpu_bytes if sizes.device == "cuda" else 0
         lines = [_Line(f"{HOSTS}{whose}: {shape}", slots * env.slot_bytes, host=True)]
-        return lines + [_Line(f"{DRAWING}{whose}", drawing)] * (drawing > 0)
+        if sizes.device == "cuda" and env.process_gpu_bytes:
+            lines.append(_Line(f"{DRAWING}{whose}", hosts * env.process_gpu_bytes))
+        return lines
     if sizes.device == "cuda" and env.gpu_slot_bytes:
         return [_Line(SCENES, batches * env.gpu_batch_bytes + slots * env.gpu_slot_bytes)]
     return [_Line(SCENES, slots * SCENE_BYTES)]

@@ -1,6 +1,7 @@
 """Owns the building of a rank's parts from its plan: policy, simulators, pools, learner."""
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -227,6 +228,16 @@ def render_threads(cores: int, hosts: int) -> dict[str, str]:
     return {"LP_NUM_THREADS": str(max(1, cores // hosts))}
 
 
+def drawing_device(device: torch.device, visible: str | None) -> dict[str, str]:
+    """What a rank's hosts are told, so that they draw on its own GPU and not all ranks' on the first. visible: the rank's
+    CUDA_VISIBLE_DEVICES, None where it is not set. EGL's devices are taken to be in CUDA's order; a GPU named by its UUID has no number."""
+    if device.type != "cuda":
+        return {}
+    number = device.index or 0
+    own = visible.split(",")[number].strip() if visible else str(number)
+    return {"CUDA_VISIBLE_DEVICES": own} | ({"MUJOCO_EGL_DEVICE_ID": own} if own.isdigit() else {})
+
+
 def _hosted_env(run: Context, env: Env, slots: range, batches: int) -> HostedEnv:
     """The slots in processes of their own, all started at once."""
     hosts = -(-len(slots) // env.slots_per_host)
@@ -237,7 +248,10 @@ def _hosted_env(run: Context, env: Env, slots: range, batches: int) -> HostedEnv
         per_host=env.slots_per_host,
         start_seconds=env.start_seconds,
         step_seconds=env.step_seconds,
-        environment=render_threads(run.rank_plan.threads, batches * hosts),
+        environment={
+            **render_threads(run.rank_plan.threads, batches * hosts),
+            **drawing_device(run.world.device, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        },
         log_dir=run.run_dir / "logs",
     )
 

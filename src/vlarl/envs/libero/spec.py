@@ -45,5 +45,5 @@ def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, wrist_camera
     """What `plan` checks a policy against. tasks: names that `expand` knows. gl: the renderer, of which OSMesa needs no GPU."""
     names = tuple(one for name in tasks for one in expand(name) or ())
     views = 2 if wrist_camera else 1
-    memory = {"slot_bytes": SLOT_BYTES, "process_gpu_bytes": 0 if gl == "osmesa" else PROCESS_GPU_BYTES}
-    return EnvSpec("libero", names, views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, **memory)
+    drawing = 0 if gl == "osmesa" else PROCESS_GPU_BYTES
+    return EnvSpec("libero", names, views, image_size, image_size, STATE_DIM, ACTION_DIM, horizon, SLOT_BYTES, process_gpu_bytes=drawing)

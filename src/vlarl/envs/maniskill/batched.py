@@ -21,11 +21,10 @@ class ManiSkill:
         """PlanError where a batch is to play more than one task, or more scenes than a CPU takes."""
         if len(spec.tasks) > 1:
             raise PlanError(f"env.tasks: scenes of a GPU batch play one task, got {len(spec.tasks)}.", "Name one task per run.")
-        cuda = torch.device(device).type == "cuda"
-        if num_slots > 1 and not cuda:
+        if num_slots > 1 and device.type == "cpu":
             raise PlanError(f"env.parallel: ManiSkill steps one scene per process on a CPU, got {num_slots}.", "Use env hosts.")
         self.spec = spec
-        self._simulation = Simulation(spec.tasks[0], num_slots, dict(settings), spec, cuda)
+        self._simulation = Simulation(spec.tasks[0], num_slots, dict(settings), spec, device)
         self.device = self._simulation.device
         self._step_B = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
         self._done_B = torch.ones(num_slots, dtype=torch.bool, device=self.device)

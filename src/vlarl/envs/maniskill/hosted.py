@@ -54,5 +54,5 @@ class Slot:
 
     def _simulation(self, task: str) -> Simulation:
         if task not in self._open:
-            self._open[task] = Simulation(task, 1, self._settings, self._spec, cuda=False)
+            self._open[task] = Simulation(task, 1, self._settings, self._spec, torch.device("cpu"))
         return self._open[task]

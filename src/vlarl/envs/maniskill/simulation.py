@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,9 @@ class Outcome(NamedTuple):
 
 
 class Simulation:
-    """`scenes` scenes of one task. settings: the recipe's `env` section as a dict; cuda: simulate on the GPU.
-    Pictures are drawn by a GPU where there is one."""
+    """`scenes` scenes of one task. settings: the recipe's `env` section as a dict; device: where to simulate."""
 
-    def __init__(self, task: str, scenes: int, settings: dict[str, Any], spec: EnvSpec, cuda: bool) -> None:
+    def __init__(self, task: str, scenes: int, settings: dict[str, Any], spec: EnvSpec, device: torch.device) -> None:
         """MachineError for missing files or a missing renderer, PlanError for a task, camera or controller that there is not."""
         own = settings["maniskill"]
         if own["assets"] is not None:
@@ -49,8 +49,10 @@ class Simulation:
         make: dict[str, Any] = {
             "num_envs": scenes, "obs_mode": self._visual_mode, "reward_mode": self._reward_mode(row.cls),
             "control_mode": own["control_mode"] or (None if self._visual_mode == PASTED else HAND_CONTROL),  # None: the robot's first
-            "sim_backend": "physx_cuda" if cuda else "physx_cpu", "render_backend": "gpu" if cuda or has_gpu() else "cpu",
+            **backends(device),
         }
+        if device.type == "cuda":
+            _enable_gpu_physics()
         if self._visual_mode == "rgb":
             make["sensor_configs"] = {"width": spec.width, "height": spec.height, "shader_pack": own["shader"]}
         if task == PLATE_TASK:
@@ -214,15 +216,27 @@ def _make(row: Any, make: dict[str, Any]) -> Any:
         if problem is not None:
             raise problem from error
         raise
-    except OSError as error:
-        if make["sim_backend"] != "physx_cuda":
-            raise
-        import sapien
 
+
+def backends(device: torch.device) -> dict[str, str]:
+    """ManiSkill's names of what simulates and what draws. A CPU's scenes are drawn by a GPU where there is one."""
+    if device.type == "cpu":
+        return {"sim_backend": "physx_cpu", "render_backend": "gpu" if has_gpu() else "cpu"}
+    number = device.index or 0
+    return {"sim_backend": f"physx_cuda:{number}", "render_backend": f"sapien_cuda:{number}"}
+
+
+def _enable_gpu_physics() -> None:
+    """Load PhysX's GPU library, which SAPIEN fetches at its first use."""
+    from sapien import physx
+
+    try:
+        physx.enable_gpu()
+    except (OSError, BadZipFile) as error:
         raise MachineError(
-            f"SAPIEN could not fetch PhysX's GPU library: {error}.",
-            f"Unzip linux-so.zip, of release {sapien.physx.version()} of github.com/sapien-sim/physx-precompiled, into "
-            f"~/.sapien/physx/{sapien.physx.version()}; or simulate on the CPU: env.maniskill.sim_backend=physx_cpu.",
+            f"SAPIEN could not fetch or load PhysX's GPU library: {error}.",
+            f"Unzip linux-so.zip, of release {physx.version()} of github.com/sapien-sim/physx-precompiled, into "
+            f"~/.sapien/physx/{physx.version()}; or simulate on the CPU: env.maniskill.sim_backend=physx_cpu.",
         ) from error
 
 

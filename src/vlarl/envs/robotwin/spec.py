@@ -37,5 +37,5 @@ def env_spec(tasks: tuple[str, ...], horizon: int, image_size: int, camera: str,
     """What `plan` checks a policy against. image_size: height of frames, pixels; the type of camera gives the width."""
     across, down = ASPECT[camera]
     width = round(image_size * across / down)
-    memory = {"slot_bytes": SLOT_BYTES, "process_gpu_bytes": PROCESS_GPU_BYTES}
-    return EnvSpec("robotwin", tuple(tasks), views, image_size, width, STATE_DIM, ACTION_DIM, horizon, **memory)
+    sizes = (views, image_size, width, STATE_DIM, ACTION_DIM)
+    return EnvSpec("robotwin", tuple(tasks), *sizes, horizon, SLOT_BYTES, process_gpu_bytes=PROCESS_GPU_BYTES)
