@@ -268,6 +268,23 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Run folder of `vlarl eval`, or its eval.json.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The same of another policy, on the same episodes.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Compare two evaluations episode by episode: who won which, and whether the difference is more than chance (McNemar's test)."""
+    from vlarl_cli import compare as comparing
+    from vlarl_cli import render
+
+    rows, notes = comparing.compare(a, b)
+    if as_json:
+        typer.echo(comparing.as_json(rows, notes))
+    else:
+        render.result({"table": comparing.table(rows), "notes": notes})
+
+
+@app.command()
 def export(
     ckpt: Annotated[str, typer.Option("--ckpt", metavar="DIR", help="Run folder, checkpoint folder, policy folder or bundled:NAME.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the policy.")],
@@ -309,6 +326,19 @@ def list_envs() -> None:
     from vlarl_cli.simulators import examine_all
 
     render.simulators(examine_all())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: packages, devices, torch, limits, simulators; what is wrong, and what to do. For bug reports."""
+    from vlarl_cli import doctor as checking
+    from vlarl_cli import render
+    from vlarl_cli.simulators import examine_all
+
+    found = checking.examine()
+    render.findings(found)
+    render.simulators(examine_all())
+    raise typer.Exit(2 if any(finding.problem for finding in found) else 0)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,7 +21,10 @@ from rich.text import Text
 from vlarl.errors import VlarlError
 from vlarl.plan.choose import Candidate
 from vlarl.plan.placement import PlacementPlan, phase_bytes
-from vlarl_cli.simulators import Status
+
+if TYPE_CHECKING:
+    from vlarl_cli.doctor import Finding
+    from vlarl_cli.simulators import Status
 
 PLAIN_SECONDS = 15.0  # between progress lines where the output is not a terminal
 RANKS_SHOWN = 16
@@ -166,6 +169,17 @@ def system_commands(packages: list[str], commands: list[str]) -> None:
     note(f"System packages are missing: {', '.join(packages)}. As root, run:")
     for line in commands:
         note(f"    {line}")
+
+
+def findings(rows: list[Finding]) -> None:
+    """What `vlarl doctor` saw of the machine, and the fixes."""
+    table = Table("what", "found", "well", title="this machine", title_justify="left")
+    for row in rows:
+        table.add_row(row.name, Text(row.found), "no" if row.problem else "yes")
+    out.print(table)
+    for row in rows:
+        if row.problem is not None:
+            note(f"{row.name}: {row.problem} {row.fix}")
 
 
 def simulators(rows: list[Status]) -> None:

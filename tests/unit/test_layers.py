@@ -61,7 +61,8 @@ ALLOWED = {
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
 TORCH_FREE += ("envs.homes", "envs.robotwin.spec", "policies.spec", "policies.layout", "policies.published")
 TORCH_FREE += ("policies.adapter", "policies.weight_files")
-TORCH_FREE += ("metrics.status", "distributed.manifest", "evaluation.protocol", "evaluation.statistics", "evaluation.report")
+TORCH_FREE += ("metrics.status", "distributed.manifest")
+TORCH_FREE += ("evaluation.protocol", "evaluation.statistics", "evaluation.report", "evaluation.compare")
 
 
 def sources(folder: Path) -> list[Path]:

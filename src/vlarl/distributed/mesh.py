@@ -60,7 +60,7 @@ def init_world(plan: PlacementPlan, timeout_seconds: float = 600.0) -> World:
     device = _claim_device(rank_plan.device)
     torch.set_num_threads(rank_plan.threads)
     if plan.workers.nnodes == 1:
-        _use_loopback()
+        use_loopback()
     timeout = timedelta(seconds=timeout_seconds)
     try:
         dist.init_process_group(
@@ -118,7 +118,7 @@ def _learner_world(world: World, learners: list[int], timeout: timedelta) -> Wor
     return replace(world, rank=learners.index(world.rank), world_size=len(learners), control=control, main=0, group=group)
 
 
-def _use_loopback() -> None:
+def use_loopback() -> None:
     """One node needs no network: gloo would otherwise look up the host's name, which fails in many containers."""
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
