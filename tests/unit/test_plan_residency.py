@@ -108,6 +108,12 @@ def test_refusals_name_the_memory_that_is_lacking() -> None:
         check(rows, 100 * GIB, 40 * GIB, "GPU", lora=False)
     with pytest.raises(PlanError, match=r"rollout phase needs about 83\.0 GiB per rank, policy gathered .* GPU has 80\.0 GiB"):
         check(rows, 80 * GIB, None, "GPU", lora=False)
+    with pytest.raises(PlanError) as refused:
+        check(rows, 50 * GIB, 39 * GIB, "GPU", lora=False)
+    phases = (("rollout", 83.0), ("update", 61.0), ("rollout", 40.0), ("update", 40.0))
+    named = [f"{phase} phase needs about {size} GiB" for phase, size in phases]
+    assert [text in line for text, line in zip(named, refused.value.message.splitlines(), strict=True)] == [True] * 4
+    assert "Lower update.microbatch" not in refused.value.hint and "Use GPUs with more memory" in refused.value.hint
 
 
 def plan_of(recipe: Recipe, cluster: Cluster) -> PlacementPlan:

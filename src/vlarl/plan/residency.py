@@ -68,10 +68,11 @@ def place(rows: tuple[MemoryRow, ...], residency: Residency, device: Literal["cp
 
 
 def check(rows: tuple[MemoryRow, ...], capacity: int | None, host: int | None, device_name: str, lora: bool) -> None:
-    """Raises PlanError where a phase does not fit on the device or beside it, with the largest part and what to do about it.
+    """Raises PlanError where phases do not fit on the device or beside it: all of them, each with the largest part and what to do about it.
 
     lora: whether only adapters are trained; then weights, gradients and moments shrink with more ranks alone.
     """
+    problems, fixes = [], []
     for where, there, name in (("device", capacity, device_name), ("host", host, "the host")):
         for phase, ranks in dict.fromkeys((row.phase, row.ranks) for row in rows):
             need = phase_bytes(rows, phase, ranks, where == "host")
@@ -79,12 +80,13 @@ def check(rows: tuple[MemoryRow, ...], capacity: int | None, host: int | None, d
                 continue
             largest = max((r for r in rows if (r.phase, r.ranks, r.where) == (phase, ranks, where)), key=lambda r: r.bytes)
             shared = "Use more ranks, which share the weights." if lora else "Use more ranks or policy.lora."
-            fix = next((text for start, text in ADVICE.items() if largest.component.startswith(start)), shared)
-            raise PlanError(
+            fixes.append(next((text for start, text in ADVICE.items() if largest.component.startswith(start)), shared))
+            problems.append(
                 f"The {phase} phase needs about {need / 2**30:.1f} GiB per rank, {largest.component} most of all "
-                f"({largest.bytes / 2**30:.1f} GiB), and {name} has {there / 2**30:.1f} GiB per rank.",
-                fix,
+                f"({largest.bytes / 2**30:.1f} GiB), and {name} has {there / 2**30:.1f} GiB per rank."
             )
+    if problems:
+        raise PlanError("\n  ".join(problems), " ".join(dict.fromkeys(fixes)))
 
 
 def _movable(rows: tuple[MemoryRow, ...], phase: Phase) -> set[Part]:
