@@ -172,7 +172,8 @@ def test_a_decoder_with_a_cache_needs_room_for_it() -> None:
         next(row.bytes for row in compile_plan(with_(ranks=2), LAPTOP, policy, ENV).memory if row.component == "activations while acting")
         for policy in (POLICY, replace(POLICY, kv_cache=True))
     ]
-    assert acting[1] - acting[0] == 32 * 68 * 2 * 96 * 3 * 4  # slots x positions x (keys, values) x hidden x layers x float32
+    # Rows x positions x (keys, values) x hidden x layers x float32. 32 slots, and PPO's critic judges as many last frames at once.
+    assert acting[1] - acting[0] == 2 * 32 * 68 * 2 * 96 * 3 * 4
 
 
 def test_an_l1_head_is_for_evaluation_only() -> None:
@@ -239,11 +240,11 @@ def test_published_runs_fit_eight_gpus_and_say_what_smaller_machines_need(path: 
     if recipe.policy.lora is None:
         with pytest.raises(PlanError, match="Adam.s moments, sharded most of all") as full:
             planned(gpus(1), *few)
-        assert full.value.hint == "Use more ranks or policy.lora."
+        assert full.value.hint.startswith("Use more ranks or policy.lora.")
     lora = "policy.lora={rank: 32}"
     assert planned(gpus(1), lora, "eval.parallel=64", *few).update.minibatch_samples == whole.update.minibatch_samples
     # 7.5 billion frozen weights are 14.0 GiB in bfloat16: one card of 24 GiB holds either those or the copy that acts, one of 16 neither.
-    small = (lora, *few, "env.parallel=16", "eval.parallel=8", "update.microbatch=4")
+    small = (lora, *few, "env.parallel=8", "eval.parallel=8", "update.microbatch=4")
     alone = planned(gpus(1, gib=24), *small)
     assert alone.residency.rollout[-1:] == ("weights",) and alone.residency.update == ("gradients",)
     with pytest.raises(PlanError, match=r"policy gathered for acting most of all \(14\.[01] GiB\)") as little:

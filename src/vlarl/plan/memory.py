@@ -66,14 +66,16 @@ def estimate(
     collected = functools.partial(_collected, policy, env, rollout, BYTES[sizes.dtype] if update.reuse_features else 0)
     phases: dict[Phase, list[_Line]] = {}
     if job != "eval":
-        acting = _acting(policy, env, sizes, sizes.policy_slots, sizes.env_slots) + collected(sizes.policy_slots)
+        critic = recipe.algorithm.kind == "ppo"
+        of_stage = sizes.policy_slots // rollout.stages
+        acting = _acting(recipe, policy, env, sizes, of_stage, sizes.env_slots, critic) + collected(sizes.policy_slots)
         # Only a rank that acts with a gathered copy does without its shards meanwhile.
         phases["rollout"] = [replace(line, part=None) if line.part == "weights" and not sizes.policy_slots else line for line in resident]
         phases["rollout"] += acting
         learning = _learning(recipe, policy, update, sizes) + collected(sizes.sample_slots) if sizes.sample_slots else []
         phases["update"] = [replace(line, part=None) for line in resident] + learning
     if sizes.evaluation_slots:
-        phases["evaluation"] = resident + _acting(policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots)
+        phases["evaluation"] = resident + _acting(recipe, policy, env, sizes, sizes.evaluation_slots, sizes.evaluation_slots, False)
         if env.slot_bytes:  # an evaluation has simulators of its own
             scenes = _scenes(recipe, env, sizes, sizes.evaluation_slots, 1, " of evaluations")
             stay = env.hosted(sizes.device)  # processes wait for the next evaluation
@@ -123,13 +125,20 @@ def _scenes(recipe: Recipe, env: EnvSpec, sizes: Sizes, slots: int, batches: int
     return [_Line(SCENES, slots * SCENE_BYTES)]
 
 
-def _acting(policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int) -> list[_Line]:
-    """Acting for so many slots, and simulating so many."""
-    compute, lines = BYTES[sizes.dtype], list[_Line]()
+def _acting(
+    recipe: Recipe, policy: PolicySpec, env: EnvSpec, sizes: Sizes, policy_slots: int, env_slots: int, critic: bool
+) -> list[_Line]:
+    """Acting for so many slots, and simulating so many. critic: whether episodes that just ended are looked at too, all at once at most."""
+    compute, lines, engine = BYTES[sizes.dtype], list[_Line](), recipe.policy.engine
     if policy_slots:
         if sizes.sample_slots:
             lines.append(_Line("policy gathered for acting", policy.parameters * compute))
-        lines.append(_Line("activations while acting", _acting_bytes(policy, policy_slots, compute)))
+        padded = engine.compile or engine.cuda_graphs
+        rows = max(2 * policy_slots if critic or padded else policy_slots, *(engine.batch_sizes or (0,)))
+        activations = _acting_bytes(policy, rows, compute)
+        lines.append(_Line("activations while acting", activations))
+        if engine.cuda_graphs and sizes.device == "cuda":  # they share a pool of their own
+            lines.append(_Line("activations of captured CUDA graphs", activations))
     if env_slots:
         lines.append(_Line("camera frames being drawn", env_slots * env.views * env.height * env.width * RENDER_BYTES_PER_PIXEL))
     return lines

@@ -16,6 +16,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 PINNED_ROUNDING = 2  # torch rounds pinned blocks up to a power of two
 ADVICE = {
     "activations while": "Lower env.parallel, or use more ranks.",
+    "activations of captured": "Lower env.parallel, or policy.engine.batch_sizes, or do without policy.engine.cuda_graphs.",
     "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
     "policy gathered": "Use GPUs with more memory: who acts holds the whole policy. More ranks share the rest.",
     "frozen towers' features": "Set update.features to recompute.",
