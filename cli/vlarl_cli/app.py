@@ -19,7 +19,6 @@ app = typer.Typer(
     name="vlarl",
     help="Post-train vision-language-action robot policies with reinforcement learning.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,8 +26,27 @@ app = typer.Typer(
 envs = typer.Typer(help="Simulators: install them, and see whether they work.", no_args_is_help=True)
 app.add_typer(envs, name="envs")
 
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes for the shell's completion; files are the shell's own where none of these fits."""
+    from vlarl_cli.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as update.updates=10.")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.", autocompletion=_complete_recipe)
+]
+ClusterText = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="GPUSxMEMORY",
+        help="Plan for other machines: 8x80GB (GPUs x memory of each), 2x8x80GB (nodes x GPUs x memory), or a JSON file with some of "
+        "nodes, devices_per_node, device_bytes, cores, host_bytes (each per node).",
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/<name>-<time>.")]
 
 
@@ -60,7 +78,10 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.", autocompletion=_complete_recipe),
+    ] = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
@@ -74,30 +95,35 @@ def train(
         int | None, typer.Option(min=0, envvar="SLURM_NODEID", help="Which of the machines this is; 0 makes the run folder.")
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Print an sbatch file for this command, and start nothing.")] = False,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="GPUSxMEMORY", help="With --slurm: the job's nodes, as in `vlarl plan --cluster`.")
+    ] = None,
 ) -> None:
     """Train a policy as the recipe says: warm start if it has one, then reinforcement learning."""
+    from vlarl.plan.cluster import described
     from vlarl_cli import run
 
     changes = list(overrides or [])
     if slurm:
         if recipe is None or resume is not None or out is not None or rdzv_endpoint is not None:
-            raise typer.BadParameter("--slurm takes RECIPE, overrides and --nnodes; its file states the rest.")
-        typer.echo(run.slurm_file(recipe, changes, nnodes), nl=False)
+            raise typer.BadParameter("--slurm takes RECIPE, overrides, --nnodes and --cluster; its file states the rest.")
+        typer.echo(run.slurm_file(recipe, changes, nnodes, described(cluster) if cluster is not None else None), nl=False)
         return
+    if cluster is not None:
+        raise typer.BadParameter("--cluster is for --slurm: training runs here. `vlarl plan --cluster` plans for other machines.")
     nodes = _nodes(nnodes, rdzv_endpoint, node_rank, resume or out)
+    if dry_run and nodes is not None:
+        raise typer.BadParameter("--dry-run plans one machine; see `vlarl plan --devices` for more.")
     if resume is not None:
         if out is not None:
             raise typer.BadParameter("--resume goes on in the run's own folder; leave --out away.")
         if recipe is not None and "=" not in recipe:
             raise typer.BadParameter("--resume takes the run's own recipe; give overrides only.")
-        raise typer.Exit(
-            run.resume(resume, ([recipe] if recipe else []) + changes, run.Launch("train", resume=True, in_process=in_process, nodes=nodes))
-        )
+        launch = run.Launch("train", resume=True, in_process=in_process, nodes=nodes)
+        raise typer.Exit(run.resume(resume, ([recipe] if recipe else []) + changes, launch, dry_run))
     if recipe is None:
         raise typer.BadParameter("Name a recipe file or a shipped recipe (see `vlarl recipes`), or use --resume RUN_DIR.")
     if dry_run:
-        if nodes is not None:
-            raise typer.BadParameter("--dry-run plans one machine; see `vlarl plan --devices` for more.")
         plan(recipe, changes)
         return
     raise typer.Exit(run.start(run.load(recipe, changes), run.Launch("train", out, in_process=in_process, nodes=nodes)))
@@ -122,10 +148,10 @@ def _nodes(count: int, endpoint: str | None, rank: int | None, out: Path | None)
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    cluster: Annotated[
-        Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the machine described in this JSON file.")
+    cluster: ClusterText = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=512, help="Compare placements on so many GPUs, here or not; needs --profile.")
     ] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="Compare placements on so many GPUs, here or not; needs --profile.")] = None,
     profile: Annotated[str | None, typer.Option(metavar="FILE", help="Costs to predict from: a file or a shipped profile.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -134,20 +160,27 @@ def plan(
     With --profile, all sensible placements are compared by predicted costs first.
     """
     from vlarl import serial
-    from vlarl.plan.cluster import from_file
+    from vlarl.plan.cluster import described, part_for
     from vlarl_cli import placements, render, run, shipped
+    from vlarl_cli.here import missing_here
 
-    loaded, there = run.load(recipe, list(overrides or [])), from_file(cluster) if cluster else None
+    loaded = run.load(recipe, list(overrides or []))
+    there = part_for(described(cluster), loaded.recipe.device) if cluster is not None else None
     if devices is not None and profile is None:
         raise typer.BadParameter("--devices compares placements by predicted costs; name them with --profile.")
+    if devices is not None and cluster is not None:
+        raise typer.BadParameter("--devices and --cluster both name a machine; give one of them.")
     if profile is not None:
         placement = placements.show_comparison(loaded, devices, there, shipped.read_profile(profile), quiet=as_json)
     else:
         placement = run.make_plan(loaded, "train", there)
     if as_json:
         typer.echo(serial.dumps(placement), nl=False)
-    else:
-        render.plan(placement)
+        return
+    render.plan(placement)
+    if there is None and devices is None:  # a plan for other machines says nothing of this one's files
+        for problem in missing_here(loaded, "train"):
+            render.note(f"before it can run here: {problem}")
 
 
 @app.command("bench-placement")
@@ -195,12 +228,12 @@ def seeds(
     overrides: Overrides = None,
     count: Annotated[int, typer.Option(min=1, help="Seeds to find, of each task.")] = 100,
     first: Annotated[int, typer.Option(min=0, help="Where a new list begins.")] = 0,
-    tries: Annotated[int, typer.Option(min=1, help="Seeds to try, of each task, before giving up.")] = 1000,
+    tries: Annotated[int | None, typer.Option(min=1, help="Seeds to try, of each task, before giving up. Default: 3 x count.")] = None,
 ) -> None:
     """Find RoboTwin's seeds that its own scripted expert solves, for env.robotwin.seeds and eval_seeds."""
     from vlarl_cli.seeds import find_seeds
 
-    raise typer.Exit(find_seeds(recipe, list(overrides or []), out, count, first, tries))
+    raise typer.Exit(find_seeds(recipe, list(overrides or []), out, count, first, 3 * count if tries is None else tries))
 
 
 @app.command()
@@ -240,30 +273,50 @@ def record(
 @app.command("eval")
 def evaluate(
     ckpt: Annotated[str, typer.Option("--ckpt", metavar="DIR", help="Run folder, checkpoint folder, policy folder or bundled:NAME.")],
-    sets: Annotated[str, typer.Option("--set", help="Scenes: train, vision, semantics, execution, several with commas, or all.")] = "train",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of env, policy and eval, such as env.horizon=300.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="File, or shipped name: simulator, policy switches and eval settings are its. Default: the recipe of training, where "
+            "there is one (run folders and their exports), else tabletop.",
+        ),
+    ] = None,
+    sets: Annotated[
+        str, typer.Option("--set", help="Scenes, several with commas, or all. tabletop: train, vision, semantics, execution.")
+    ] = "train",
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 400,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Episodes at once. Default: as in training.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Task families, with commas. Default: as in training.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy. Default: the training recipe's eval.temperature.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Episodes at once. Default: the recipe's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks, with commas. Default: the recipe's.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy. Default: the recipe's eval.temperature.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of scenes and sampling; results with one seed share their episodes.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", metavar="KEY=VALUE", help="What a published checkpoint's files do not say, such as kind=openvla-oft."),
+        typer.Option(
+            "--policy",
+            metavar="KEY=VALUE",
+            help="What a published checkpoint's files do not say, such as kind=openvla-oft. Wins over the recipe and over overrides.",
+        ),
     ] = None,
     out: Out = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One rank in this process, for breakpoints.")] = False,
 ) -> None:
-    """Measure a checkpoint's success rate: k/n with 95 % Wilson intervals, per task and pooled."""
+    """Measure a checkpoint's success rate: k/n with 95 % Wilson intervals, per task and pooled.
+
+    The weights are --ckpt's, everything else is as in training, or as --recipe says; overrides change either.
+    """
     from vlarl_cli import run
     from vlarl_cli.evaluate import EvalOptions, eval_recipe
 
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter("expected auto, cpu or cuda.", param_hint="--device")
     names = tuple(t.strip() for t in tasks.split(",")) if tasks else None
-    loaded, variations = eval_recipe(
-        EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device, tuple(policy or ()))
-    )
+    changes = (tuple(policy or ()), recipe, tuple(overrides or ()))
+    loaded, variations = eval_recipe(EvalOptions(ckpt, sets, episodes, parallel, names, temperature, seed, device, *changes))
     raise typer.Exit(run.start(loaded, run.Launch("eval", out, in_process=in_process, variations=variations)))
 
 
@@ -291,12 +344,21 @@ def export(
     merge_lora: Annotated[
         bool, typer.Option("--merge-lora", help="Merge adapters into the weights. Default: the adapters by themselves, in PEFT's layout.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the model's weights: float32 or bfloat16. Default: as stored; merged, as in the base.")
+    ] = None,
     shard_gb: Annotated[float, typer.Option("--shard-gb", min=0.001, help="Largest weight file, in GB (1e9 bytes).")] = 5.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="KEY=VALUE", help="What a published checkpoint's files do not say, such as kind=openvla-oft."),
+    ] = None,
 ) -> None:
     """Write a policy in the layout in which OpenVLA checkpoints are published, load it again, and compare."""
     from vlarl_cli import export as exporting
 
-    raise typer.Exit(exporting.export(ckpt, out, merge_lora, shard_gb))
+    if dtype not in (None, *exporting.BYTES):
+        raise typer.BadParameter("expected float32 or bfloat16.", param_hint="--dtype")
+    raise typer.Exit(exporting.export(ckpt, out, exporting.ExportOptions(merge_lora, shard_gb, dtype, tuple(policy or ()))))
 
 
 @envs.command("install")

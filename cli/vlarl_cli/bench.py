@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlarl import serial
-from vlarl.errors import MachineError, PlanError, VlarlError, WorkerError
+from vlarl.errors import EXIT_WORKER, MachineError, PlanError, VlarlError, WorkerError
 from vlarl.launch import rundir
 from vlarl.launch.supervisor import supervise
 from vlarl.launch.torchrun import command, worker_arguments
@@ -30,6 +30,7 @@ from vlarl.recipe.load import LoadedRecipe
 from vlarl.recipe.schema import Placement, Recipe
 from vlarl_cli import charts, render
 from vlarl_cli.placements import block, compared
+from vlarl_cli.run import conclude
 from vlarl_cli.shipped import profile_text, read_profile
 
 CPU_RANKS = 4  # where neither recipe nor machine says how many
@@ -100,6 +101,7 @@ def write_profile(loaded: LoadedRecipe, path: Path, out: Path | None) -> int:
     """Measure what the recipe's simulator, policy and learner cost on one device, and write it as a profile."""
     if path.exists():
         raise MachineError(f"{path} exists already.", "Name another file.")
+    rundir.check_writable(path, "Name another file with --write-profile.")
     recipe = replace(loaded.recipe, ranks=1, placement=Placement(mode="collocated"), warmstart=())
     cluster = discover(recipe.device)
     plan = compile_plan(recipe, cluster, policy_spec(recipe), simulator_spec(recipe.env), "train", loaded.origins)
@@ -234,7 +236,7 @@ def _placements(
         if not any((mode, stages) == (p.mode, p.stages) for p, _ in chosen):
             remark(f"left out: {mode}, stages {stages}: {why}")
     if not chosen:
-        raise PlanError(f"No placement of {recipe.name} fits {recipe.ranks} ranks.", "Change env.parallel or --devices.")
+        raise PlanError(f"No placement of {recipe.name} fits {_counted(recipe.ranks, 'rank')}.", "Change env.parallel or --devices.")
     order = {(mode, k): i for i, (mode, k) in enumerate((m, k) for m in options.modes for k in options.stages)}
     return sorted(chosen, key=lambda item: order[item[0].mode, item[0].stages])
 
@@ -282,11 +284,16 @@ def _run(path: Path, recipe: Recipe, plan: PlacementPlan, options: BenchOptions)
 
 def _supervised(run: rundir.RunDir, plan: PlacementPlan, recipe: Recipe, arguments: tuple[str, ...]) -> Row | int:
     torchrun = command(plan, run.path, arguments, os.environ, os.getpid())
-    with render.progress() as on_progress:
-        stopped = supervise(torchrun, run, len(plan.ranks), recipe.stall_seconds, on_progress)
+    code = EXIT_WORKER
+    try:
+        with render.progress() as on_progress:
+            stopped = supervise(torchrun, run, len(plan.ranks), recipe.stall_seconds, on_progress)
+        code = 0 if stopped is None else 128 + stopped.value
+    finally:
+        conclude(run, code)
     if stopped is not None:
         render.note(f"Stopped by {stopped.name}; nothing is left running.")
-        return 128 + stopped.value
+        return code
     result = rundir.read_json(run.result)
     if not isinstance(result, dict):
         raise WorkerError("The ranks ended without an error and without a result.", f"Log: {run.log(0)}")
@@ -300,7 +307,8 @@ def _conclude(out: Path, rows: list[Row], options: BenchOptions) -> None:
     """Table, pictures, trace, and the block to paste."""
     ranked = speedups(rows)
     rundir.write_atomic(out / "results.json", json.dumps(ranked, indent=2) + "\n")
-    title = f"{ranked[0]['devices']} {'emulated devices' if options.emulate else 'ranks'}, frames/s of the whole iteration"
+    what = _counted(ranked[0]["devices"], "emulated device" if options.emulate else "rank")
+    title = f"{what}, frames/s of the whole iteration"
     render.bench_table(ranked, title)
     charts.bars(out / "placements.png", ranked, title)
     lanes = {row["label"]: charts.read_lanes(out / row["run"]) for row in ranked}
@@ -310,6 +318,10 @@ def _conclude(out: Path, rows: list[Row], options: BenchOptions) -> None:
     render.note(ranked[0]["placement"])
     rundir.write_atomic(out / "placement.yaml", ranked[0]["placement"] + "\n")
     render.note(f"results.json, placements.png, timelines.png, trace.json (opens in ui.perfetto.dev), placement.yaml: {out}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _emulated(options: BenchOptions) -> str:

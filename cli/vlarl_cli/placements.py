@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from vlarl.errors import PlanError
 from vlarl.plan.choose import Candidate, candidates, compare
-from vlarl.plan.cluster import Cluster, discover
+from vlarl.plan.cluster import CORES_PER_GPU, GPUS_PER_NODE, Cluster, discover
 from vlarl.plan.compile import compile_plan, rank_count
 from vlarl.plan.costs import predict
 from vlarl.plan.placement import Phase, PlacementPlan
@@ -21,8 +21,6 @@ from vlarl.recipe.rules import show
 from vlarl.recipe.schema import Placement, Recipe
 from vlarl_cli import render
 
-GPUS_PER_NODE = 8
-CORES_PER_GPU = 8
 ROWS_SHOWN = 16
 
 

@@ -201,50 +201,91 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield PlainProgress(note, time.monotonic)
         return
     with Live(Text("starting ..."), console=out, refresh_per_second=4, transient=True) as live:
-        yield lambda status: live.update(_display(status))
+        evaluations = _Evaluations(note)  # lands above the display
+
+        def show(status: dict[str, Any]) -> None:
+            evaluations(status)
+            live.update(_display(status))
+
+        yield show
+
+
+class _Evaluations:
+    """Prints what came of each evaluation while training, once: it stands in every later status."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._printed = write, ""
+
+    def __call__(self, status: dict[str, Any]) -> None:
+        if status["evaluated"] and status["evaluated"] != self._printed:
+            self._printed = status["evaluated"]
+            self._write(self._printed)
 
 
 class PlainProgress:
-    """Prints a line when the phase changes or some time has passed, and for the last update."""
+    """Prints a line when the phase changes or some time has passed, and for the last update; and one for each evaluation."""
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
         self._write, self._clock = write, clock
+        self._evaluations = _Evaluations(write)
         self._phase: str | None = None
+        self._update: int | None = None
         self._printed = 0.0
 
     def __call__(self, status: dict[str, Any]) -> None:
-        last = status["updates"] > 0 and status["update"] == status["updates"]
+        self._evaluations(status)
+        last = 0 < status["updates"] == status["update"] != self._update  # an evaluation after it has many a status
         if status["phase"] == self._phase and self._clock() - self._printed < PLAIN_SECONDS and not last:
             return
-        self._phase, self._printed = status["phase"], self._clock()
-        self._write("  ".join([status["phase"], _count(status), *_figures(status), status["line"]]).rstrip())
+        self._phase, self._update, self._printed = status["phase"], status["update"], self._clock()
+        self._write("  ".join([status["phase"], _count(status), *_figures(status), *_left(status), status["line"]]).rstrip())
 
 
 def _display(status: dict[str, Any]) -> Group:
     row = Table.grid(padding=(0, 2))
-    updates = max(1, status["updates"])
-    bar = ProgressBar(total=updates, completed=min(status["update"], updates), width=30)
-    row.add_row(Text(status["phase"], style="bold"), bar, _count(status), *_figures(status))
-    return Group(row, Text(status["line"], style="dim"))
+    done, of = _done(status)
+    bar = ProgressBar(total=max(1, of), completed=min(done, of), width=30)
+    row.add_row(Text(status["phase"], style="bold"), bar, _count(status), *_left(status))
+    return Group(row, Text("  ".join(_figures(status))), Text(status["line"], style="dim"))  # a line each, as 80 columns hold
+
+
+def _done(status: dict[str, Any]) -> tuple[int, int]:
+    """Of the evaluation in progress, else of the command."""
+    evaluation = status["evaluation"]
+    return (evaluation["played"], evaluation["of"]) if evaluation else (status["update"], status["updates"])
 
 
 def _count(status: dict[str, Any]) -> str:
-    return f"{status['update']}/{status['updates']}"
+    done, of = _done(status)
+    return f"{done}/{of} episodes" if status["evaluation"] else f"{done}/{of}"
 
 
 def _figures(status: dict[str, Any]) -> list[str]:
-    """What is known of speed, success and time left."""
+    """What is known of speed and success; of the evaluation in progress alone while there is one."""
+    evaluation = status["evaluation"]
+    if evaluation:
+        return _success(evaluation["successes"], evaluation["played"])
     found = []
     if status["frames_per_second"] is not None:
-        found.append(f"{status['frames_per_second']:,.0f} frames/s")
-    if status["success"] is not None:
-        found.append(f"success {status['success']:.1%}")
+        unit = "samples" if status["phase"] == "warm start" else "frames"  # cloning plays nothing
+        found.append(f"{status['frames_per_second']:,.0f} {unit}/s")
+    if status["recent"] is not None:
+        found += [f"training {text}" for text in _success(*status["recent"])]
     if status["episodes"]:
         found.append(f"{status['episodes']:,} episodes")
-    if status["eta_seconds"] is not None:
-        minutes, seconds = divmod(int(status["eta_seconds"]), 60)
-        found.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left" if minutes >= 60 else f"{minutes}:{seconds:02d} left")
     return found
+
+
+def _success(successes: int, episodes: int) -> list[str]:
+    return [f"success {successes}/{episodes} = {100 * successes / episodes:.1f} %"] if episodes else []
+
+
+def _left(status: dict[str, Any]) -> list[str]:
+    seconds = (status["evaluation"] or status)["eta_seconds"]
+    if seconds is None:
+        return []
+    minutes, seconds = divmod(int(seconds), 60)
+    return [f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left" if minutes >= 60 else f"{minutes}:{seconds:02d} left"]
 
 
 def size(count: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -30,7 +31,14 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    raise RecipeError([f"no such file, and no shipped recipe of this name. Shipped: {', '.join(shipped)}."], name)
+    listed = f"Shipped: {', '.join(shipped)}."
+    if path.is_dir():
+        raise RecipeError([f"is a folder, expected a recipe file. {listed}"], name)
+    if "=" in name:
+        raise RecipeError([f"is an override, and the recipe is missing: name it first, as in `quickstart {name}`. {listed}"], name)
+    close = get_close_matches(path.name.removesuffix(".yaml"), shipped, n=1, cutoff=0.6)
+    meant = f"Did you mean {close[0]}? " if close else ""
+    raise RecipeError([f"no such file, and no shipped recipe of this name. {meant}{listed}"], name)
 
 
 def summary(path: Path) -> str:

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from helpers.fake_simulator import TASKS
 from vlarl.envs import hosts
 from vlarl.envs.base import BatchedEnv, Teacher, WorksAhead
+from vlarl.envs.host import protocol
 from vlarl.envs.hosts import HostedEnv, Hosting
 from vlarl.envs.pool import LocalPool
 from vlarl.envs.spec import EnvSpec, EpisodeSpec
@@ -41,8 +43,8 @@ def hosting(
 
 
 @contextmanager
-def hosted(slots: int, how: Hosting, first_slot: int = 0) -> Iterator[HostedEnv]:
-    env = HostedEnv(slots, first_slot, SPEC, how, torch.device("cpu"), lambda n, total: None)
+def hosted(slots: int, how: Hosting, first_slot: int = 0, beat: Callable[[], object] = lambda: None) -> Iterator[HostedEnv]:
+    env = HostedEnv(slots, first_slot, SPEC, how, torch.device("cpu"), lambda n, total: None, beat)
     try:
         yield env
     finally:
@@ -135,6 +137,24 @@ def test_a_lost_host_comes_back_on_the_same_episode(tmp_path: Path, task: str, c
     told = capfd.readouterr().err
     assert env.restarts == told.count("env host 0 (slot 0-1)") > 0
     assert "slot 0, episode 1" in told and "initial state 9" in told
+
+
+@pytest.mark.parametrize("resuming", [False, True], ids=["step", "resume"])
+def test_a_rank_beats_while_its_hosts_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resuming: bool) -> None:
+    """A hang is noticed after step_seconds for each slot of a host and chunk played again, longer than a rank may be silent."""
+    monkeypatch.setattr(protocol, "BEAT_SECONDS", 0.1)
+    beats: list[float] = []
+    with hosted(2, hosting(tmp_path, per_host=2, seconds=1), beat=lambda: beats.append(time.monotonic())) as env:
+        started = time.monotonic()
+        if resuming:
+            env.load_state_dict({"episode": [[1, 2, 99, 2, -1], None], "played": [torch.zeros(1, K, 2), torch.zeros(0)]})
+        else:
+            env.reset(torch.tensor([0, 1]), [spec(1, 99, "hung", 2), spec(2, 99)])
+            env.step_chunk(actions(2), torch.tensor([True, True]))
+        ended = time.monotonic()
+        assert env.restarts == 1
+    during = [started, *(t for t in beats if t > started), ended]
+    assert ended - started > (4 if resuming else 2) and max(b - a for a, b in pairwise(during)) < 1
 
 
 def test_killed_from_outside_between_chunks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from spawn import DEADLINE_SECONDS, ToyPolicy, cpu_plan, run_processes
 
 from vlarl.distributed import mesh
 from vlarl.distributed.fsdp import shard
-from vlarl.distributed.links import Links, Orders
+from vlarl.distributed.links import PATIENCE, Links, Orders
 from vlarl.distributed.reduce import all_reduce_sum
 from vlarl.distributed.weight_sync import WeightSync
 from vlarl.errors import WorkerError
@@ -62,8 +62,8 @@ def test_messages_keep_their_order_and_kinds_do_not_mix() -> None:
 
 def _wait_in_vain(plan: PlacementPlan, dead: bool) -> Any:
     """Rank 0 simulates, and sends nothing: it is slow, or gone."""
-    world = mesh.init_world(plan, 3.0)
-    links = Links(world, plan)
+    world = mesh.init_world(plan, DEADLINE_SECONDS)
+    links = Links(replace(world, timeout_seconds=3.0 / PATIENCE), plan)
     if world.rank == 0:
         if not dead:
             time.sleep(8)  # a slow peer, not a dead one

@@ -15,8 +15,8 @@ from vlarl.policies.openvla_oft import L1Head
 ARGUMENTS = ("--episodes", "2", "--set", "train")
 
 
-def evaluate(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vlarl_cli.app", "eval", "--ckpt", str(folder), "--out", str(out), *ARGUMENTS]
+def evaluate(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vlarl_cli.app", "eval", "--ckpt", str(folder), "--out", str(out), *ARGUMENTS, *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
@@ -42,6 +42,17 @@ def test_an_l1_head_is_evaluated(folder: Path, tmp_path: Path) -> None:
     (report,) = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert report["pooled"]["episodes"] == 2
     assert "un-normalised with tabletop" in "".join(file.read_text() for file in (tmp_path / "out" / "logs").glob("*.log"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libero")
+def test_an_l1_head_is_evaluated_on_the_simulator_of_a_recipe(folder: Path, tmp_path: Path) -> None:
+    short = ("env.tasks=[libero_spatial-3]", "env.horizon=8", "env.libero.settle_steps=1", "env.libero.render=fast", "eval.videos=0")
+    ended = evaluate(folder, tmp_path / "out", "--recipe", "libero-spatial-tiny-grpo", "--device", "cpu", *short)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (report,) = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (report["pooled"]["episodes"], list(report["tasks"])) == (2, ["libero_spatial-3"])
+    assert report["protocol"]["simulator"] == "libero" and report["protocol"]["horizon"] == 8
 
 
 @pytest.mark.parametrize(("part", "what"), [("vision_backbone", "FiLM"), ("noisy_action_projector", "a diffusion head")])

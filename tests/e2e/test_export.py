@@ -74,7 +74,9 @@ def test_a_run_with_adapters_is_exported_apart_and_merged(tmp_path: Path) -> Non
         ended = vlarl("export", "--ckpt", str(run), "--out", str(out), *flags)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         manifest = json.loads((out / "export.json").read_text())
-        assert manifest["layout"] == layout and file in manifest["files"] and manifest["max_logit_difference"] < 1e-3
-        assert "apart, as trained" in manifest["compared_with"]
+        assert manifest["layout"] == layout and file in manifest["files"]
+        in_training, files = manifest["comparisons"]
+        assert "in training" in in_training["with"] and "apart, as trained" in files["with"]
+        assert all(c["dtype"] == "float32" and c["max_logit_difference"] < 1e-3 for c in (in_training, files))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", "run"]
     assert vlarl("export", "--ckpt", str(run), "--out", str(tmp_path / "model")).returncode == 2

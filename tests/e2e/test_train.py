@@ -88,7 +88,8 @@ def test_what_a_run_leaves(trained: Path) -> None:
     assert [row["step"] for row in rows if "eval/success" in row] == [0, 2, 4]
     assert all(row["update/logprob_gap"] < 1e-4 and row["update/steps"] == 2 for row in rows if "update/policy_loss" in row)
     assert [folder.name for folder in checkpoints(trained)][-2:] == ["update-000003", "update-000004"]
-    assert (trained / "checkpoints" / "best").is_symlink()
+    chosen = max((row for row in rows if "eval/success" in row and row["step"]), key=lambda row: (row["eval/success"], -row["step"]))
+    assert (trained / "checkpoints" / "best").readlink().name == f"update-{chosen['step']:06d}"
     assert (trained / "curve.png").stat().st_size > 0 and any((trained / "tensorboard").iterdir())
     assert any((trained / "videos").glob("eval-000004-touch-*.mp4"))
     assert list(trained.rglob("*.tmp")) == [] and list(trained.rglob("*.error.json")) == []
@@ -190,8 +191,31 @@ def test_a_truncated_checkpoint(trained: Path, tmp_path: Path) -> None:
     os.truncate(newest / "policy" / "model.safetensors", 100_000)
     refused(vlarl("eval", "--ckpt", str(newest), "--out", str(tmp_path / "eval")), "is damaged", "model.safetensors has 100000 bytes")
     assert not (tmp_path / "eval").exists()
-    refused(vlarl("train", "--resume", str(run_dir)), "is damaged", "model.safetensors has 100000 bytes")
-    assert metrics(run_dir) == metrics(trained)
+    ended = vlarl("train", "--resume", str(run_dir))
+    assert ended.code == 0, ended.err
+    text = " ".join(ended.out.split())
+    assert "model.safetensors has 100000 bytes" in text and "Going on from update-000003 instead." in text
+    assert metrics(run_dir) == metrics(trained) and same(weights(run_dir), weights(trained))
+    assert (run_dir / "checkpoints" / f"{newest.name}.damaged").is_dir()
+
+
+def test_a_checkpoint_with_other_contents(trained: Path, tmp_path: Path) -> None:
+    """Which the ranks find, who name a way that exists."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir, symlinks=True)
+    newest = latest(run_dir)
+    assert newest is not None
+    with (newest / "policy" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    more = ("--resume", str(run_dir), f"update.updates={UPDATES + 1}")
+    refused(vlarl("train", *more), "has other contents than were written", "delete or move that folder")
+    assert json.loads((run_dir / "status.json").read_text())["phase"] == "failed"
+    shutil.rmtree(newest)
+    ended = vlarl("train", *more)
+    assert ended.code == 0, ended.err
+    assert [row["step"] for row in metrics(run_dir) if "update/policy_loss" in row] == [1, 2, 3, 4, 5]
+    assert json.loads((run_dir / "status.json").read_text())["phase"] == "done"
 
 
 def test_a_truncated_policy_folder(trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The shipped supervised policy comes from its recipe: the first steps of that recipe, run again, give the figures on record."""
+"""The shipped supervised policy is as its recipe makes it: the first steps of that recipe, run again, give figures like those on record.
+
+Not the same: samples were drawn otherwise when that policy was made, by code whose draws depended on the number of ranks.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +32,7 @@ def test_the_weights_are_those_on_record() -> None:
 
 @pytest.mark.slow
 def test_the_recipe_reproduces_the_first_steps(tmp_path: Path) -> None:
-    """100 optimiser steps; processors round differently, so the means over them are compared, not the weights."""
+    """100 optimiser steps; samples are others and processors round differently, so the means are compared, not the weights."""
     recorded = rows(ASSET / "metrics.jsonl")[0]
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vlarl_cli.app", "sft", "quickstart-warmstart", "--out", str(run)]
@@ -44,5 +47,5 @@ def test_the_recipe_reproduces_the_first_steps(tmp_path: Path) -> None:
     again = rows(run / "warmstart" / "metrics.jsonl")
     assert again, f"no step in {WAIT_SECONDS} s: {errors}"
     assert again[0]["step"] == recorded["step"] == 100
-    assert again[0]["sft/loss"] == pytest.approx(recorded["sft/loss"], rel=0.01)
+    assert again[0]["sft/loss"] == pytest.approx(recorded["sft/loss"], rel=0.02)
     assert again[0]["sft/error_bins"] == pytest.approx(recorded["sft/error_bins"], rel=0.03)

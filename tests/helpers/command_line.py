@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlarl_cli import app
+from vlarl_cli import app, render
 
 Vlarl = Callable[..., tuple[int, str, str]]
 
@@ -15,7 +15,8 @@ Vlarl = Callable[..., tuple[int, str, str]]
 def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Vlarl:
     """`vlarl ARGUMENTS` in an empty folder, on a wide console: exit code, stdout, stderr."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "250")
+    for console in (render.out, render.err):  # they took the environment's width when they were imported
+        monkeypatch.setattr(console, "_width", 250)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vlarl", *arguments])

@@ -143,7 +143,7 @@ class LinearPolicy:
     def evaluate(self, obs: Observation, token_BN: Tensor, temperature: float, top_k: int, feature_BPF: Tensor | None = None) -> Scores:
         self.calls.append(obs.state_BD.clone())
         logits_BNM, value_B1 = self.module(obs.state_BD)
-        logp_BNM = log_distribution(logits_BNM, temperature, top_k)
+        logp_BNM = log_distribution(logits_BNM, temperature, top_k, token_BN)
         return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_B1)
 
     def logits(self, obs: Observation, token_BN: Tensor) -> Tensor:

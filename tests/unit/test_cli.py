@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -26,8 +27,8 @@ from vlarl_cli.render import PLAIN_SECONDS, PlainProgress
 from vlarl_cli.shipped import shipped_recipes
 
 STATUS = {
-    "phase": "rollout", "update": 1, "updates": 9, "frames_per_second": 1234.0, "success": 0.5, "episodes": 64, "eta_seconds": 65.0,
-    "line": "update 61%",
+    "phase": "rollout", "update": 1, "updates": 9, "frames_per_second": 1234.0, "success": 0.5, "recent": [32, 64], "episodes": 64,
+    "eta_seconds": 65.0, "line": "update 61%", "evaluation": None, "evaluated": "",
 }  # fmt: skip
 
 
@@ -60,6 +61,14 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_the_shell_completes_recipes_without_torch() -> None:
+    code = "import sys; sys.argv = ['vlarl']\nfrom vlarl_cli.app import main\n"
+    code += "try: main()\nfinally: assert not {'torch', 'psutil'} & set(sys.modules)"
+    asked = {"_VLARL_COMPLETE": "complete_bash", "COMP_WORDS": "vlarl train quick", "COMP_CWORD": "2"}
+    told = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, check=True, capture_output=True, text=True)
+    assert told.stdout.split() == ["quickstart-grpo", "quickstart-warmstart", "quickstart"]
 
 
 def test_version_and_list(vlarl: Vlarl) -> None:
@@ -122,7 +131,13 @@ def test_mistakes_end_with_code_2_and_no_traceback(vlarl: Vlarl, tmp_path: Path)
         (("train", "bad.yaml"), "seed = -1 (recipe line 2)"),
         (("train", "bad.yaml"), "Did you mean policy.checkpoint?"),
         (("train", "nothing"), "no shipped recipe of this name"),
+        (("train", "quickstrt"), "Did you mean quickstart?"),
+        (("train", "update.updates=3"), "the recipe is missing"),
+        (("train", "."), "is a folder"),
+        (("plan", "quickstart", "policy.kind=openvla"), "Set policy.kind to openvla-oft"),
         (("plan", "debug", "ranks=3"), "do not split over 3 ranks"),
+        (("plan", "debug", "ranks=64"), "8 parallel episodes do not split over 64 ranks. Use 64, or"),
+        (("plan", "debug", "ranks=8", "update.minibatches=5"), "Use at most 4, or fewer ranks: at most 4."),
         (("plan", "debug", "policy.checkpoint=bundled:none"), "bundled:none"),
         (("train", "debug", "--out", "file/run"), "cannot be written"),
         (("train", "--resume", "nowhere"), "is not a run folder"),
@@ -140,6 +155,39 @@ def test_mistakes_end_with_code_2_and_no_traceback(vlarl: Vlarl, tmp_path: Path)
     assert {p.name for p in tmp_path.iterdir()} <= {"bad.yaml", "file", "two"}
 
 
+def test_what_this_machine_lacks_is_told_before_a_run_folder_is_made(
+    vlarl: Vlarl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlarl_cli.here.importlib.util.find_spec", lambda name: None)  # no wandb
+    lacking = ("maniskill-pushcube-tiny-ppo", "log.wandb=true", "env.python=/no/python", "policy.lora={targets: [nothing]}")
+    code, _, text = vlarl("train", *lacking)
+    assert code == 2 and not list(tmp_path.iterdir())
+    for says in (
+        f"warmstart[0].data = {tmp_path / 'pushcube-300'}"[:57],
+        "recipe line 18): no such folder. Record one first",
+        "log.wandb = true (override): wandb is not installed",
+        "env.python = /no/python (override): no such program",
+        "policy.lora.targets = [nothing] (override): no layer of the policy has such a name",
+    ):
+        assert says in text
+    code, text, _ = vlarl("plan", "maniskill-pushcube-tiny-ppo")
+    assert code == 0 and "before it can run here: warmstart[0].data = pushcube-300 (recipe line 18): no such folder" in text
+    code, text, _ = vlarl("plan", "maniskill-pushcube-tiny-ppo", "--cluster", "1x80GB")  # its device is cpu, and it has 2 ranks
+    assert code == 0 and "before it can run" not in text and "2 ranks on CPU (as described by 1x80GB" in text
+    (tmp_path / "assets").mkdir()
+    code, _, text = vlarl("train", "robotwin-tiny-grpo", f"env.robotwin.assets={tmp_path}", "env.robotwin.seeds=none.json")
+    assert code == 2 and "lacks RoboTwin's assets: assets/background_texture" in text
+    assert "env.robotwin.seeds = none.json (override): no such file" in text
+
+
+def test_seeds_are_tried_three_times_as_often_as_they_are_wanted(vlarl: Vlarl, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("vlarl_cli.seeds.find_seeds", lambda *arguments: asked.append(arguments) or 0)
+    vlarl("seeds", "robotwin-tiny-grpo", "--out", "seeds.json", "--count", "1000")
+    vlarl("seeds", "robotwin-tiny-grpo", "--out", "seeds.json", "--tries", "7")
+    assert [row[-1] for row in asked] == [3000, 7]
+
+
 def test_misused_options(vlarl: Vlarl) -> None:
     for arguments in (("train",), ("train", "debug", "--resume", "x"), ("train", "--resume", "x", "--out", "y"), ("eval",)):
         assert vlarl(*arguments)[0] == 2
@@ -148,7 +196,7 @@ def test_misused_options(vlarl: Vlarl) -> None:
 def test_train_prints_progress_and_the_result(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
     code, text, _ = vlarl("train", "debug", "update.updates=3", "--out", "here")
     assert code == 0
-    assert "rollout  1/9  1,234 frames/s  success 50.0%  64 episodes  1:05 left  update 61%" in text
+    assert "rollout  1/9  1,234 frames/s  training success 32/64 = 50.0 %  64 episodes  1:05 left  update 61%" in text
     assert "98.5%" in text
     assert "done so" in text
     assert json.loads((tmp_path / "here" / "recipe.json").read_text())["update"]["updates"] == 3
@@ -174,12 +222,23 @@ def test_several_machines(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_p
     assert vlarl("train", "debug", "--nnodes", "2", "--rdzv-endpoint", "head", "--out", "x")[0] == 2
 
 
-def test_a_batch_file_is_printed_and_nothing_started(vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path) -> None:
+def test_a_batch_file_is_printed_and_nothing_started(
+    vlarl: Vlarl, supervised: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, text, _ = vlarl("train", "debug", "device=cpu", "ranks=4", "--nnodes", "2", "--slurm")
     assert code == 0
     assert "#SBATCH --nodes=2" in text
     assert supervised == []
     assert list(tmp_path.iterdir()) == []
+    code, text, _ = vlarl("train", "maniskill-openvla-ppo", "--nnodes", "2", "--slurm", "--cluster", "8x80GB")
+    assert code == 0 and {"#SBATCH --nodes=2", "#SBATCH --gres=gpu:8"} <= set(text.splitlines())
+    assert "--nnodes 2" in vlarl("train", "maniskill-openvla-ppo", "--slurm", "--cluster", "2x8x80GB")[1]
+    code, _, errors = vlarl("train", "maniskill-openvla-ppo", "--nnodes", "3", "--slurm", "--cluster", "2x8x80GB")
+    assert code == 2 and "describes 2 nodes" in errors
+    assert vlarl("train", "debug", "--cluster", "8x80GB")[0] == 2
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, errors = vlarl("train", "maniskill-openvla-ppo", "--slurm")
+    assert code == 2 and "--cluster 8x80GB (GPUs of one node" in errors
     code, text, errors = vlarl("train", "--resume", "nowhere", "--slurm")
     assert code == 2 and not text and "--slurm" in errors
 
@@ -283,7 +342,7 @@ def test_eval_is_told_what_a_published_checkpoint_does_not_say(tmp_path: Path) -
         eval_recipe(options)
     policy = eval_recipe(replace(options, policy=("kind=openvla-oft", "chunk=6", "crop=true")))[0].recipe.policy
     assert (policy.kind, policy.chunk, policy.crop) == ("openvla-oft", 6, True)
-    with pytest.raises(RecipeError, match="--policy kind: "):
+    with pytest.raises(RecipeError, match="policy.kind = dreams .*expected openvla or openvla-oft"):
         eval_recipe(replace(options, policy=("kind=dreams",)))
 
 

@@ -48,7 +48,8 @@ def test_sbatch() -> None:
     text = sbatch(replace(PLAN, workers=WorkerGroup(4, 8, "nccl")), "my run", ("a.yaml", "env.tasks=[put, push]"))
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
-    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=16"} <= set(lines)
+    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gres=gpu:8", "#SBATCH --cpus-per-task=16"} <= set(lines)
+    assert "#SBATCH --time=24:00:00" in lines
     assert lines[-1] == (
         "srun --kill-on-bad-exit=1 vlarl train a.yaml 'env.tasks=[put, push]' --nnodes 4 --rdzv-endpoint \"$head:29400\" --out \"$out\""
     )

@@ -20,6 +20,7 @@ ALLOWED = {
     "envs.spec": (),
     "policies.spec": (),
     "policies.published": (),
+    "policies.families": ("errors",),
     "serial": ("errors",),
     "types": ("envs.spec",),
     "envs.tabletop.spec": ("envs.spec", "errors"),
@@ -32,7 +33,7 @@ ALLOWED = {
     "envs.host": ("errors", "envs.spec", "launch.lifeline"),
     "recipe": (
         *("errors", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec", "envs.robotwin.spec"),
-        "policies.published",
+        *("policies.published", "policies.families"),
     ),
     "plan": (
         *("errors", "serial", "recipe", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec"),
@@ -59,9 +60,9 @@ ALLOWED = {
 }
 # What the control process is made of.
 TORCH_FREE = ("errors", "serial", "recipe", "plan", "launch", "envs.spec", "envs.tabletop.spec", "envs.libero.spec", "envs.maniskill.spec")
-TORCH_FREE += ("envs.homes", "envs.robotwin.spec", "policies.spec", "policies.layout", "policies.published")
-TORCH_FREE += ("policies.adapter", "policies.weight_files")
-TORCH_FREE += ("metrics.status", "distributed.manifest")
+TORCH_FREE += ("envs.homes", "envs.robotwin.spec", "policies.spec", "policies.layout", "policies.published", "policies.families")
+TORCH_FREE += ("policies.adapter", "policies.weight_files", "policies.value_heads")
+TORCH_FREE += ("metrics.status", "distributed.manifest", "envs.robotwin.assets", "datasets.layout")
 TORCH_FREE += ("evaluation.protocol", "evaluation.statistics", "evaluation.report", "evaluation.compare")
 
 

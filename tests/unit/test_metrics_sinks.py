@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +91,31 @@ def test_tensorboard_holds_scalars_and_histograms_and_hides_rows_after_a_resume(
     assert [(event.step, event.value) for event in events.Scalars("train/success")] == [(1, 0.25), (2, 0.5), (3, 0.5)]
     assert events.Tags()["histograms"] == ["advantage"]
     assert events.Histograms("advantage")[0].histogram_value.num == 2
+
+
+RECIPE = {"name": "mine", "algorithm": {"kind": "ppo", "gamma": 0.99}, "env": {"simulator": "tabletop"}}
+
+
+def test_tensorboard_holds_the_recipe(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    MetricsWriter(tmp_path, tensorboard=True, wandb=False, resume_from=None, recipe=RECIPE).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("recipe/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert all(line.startswith("    ") for line in shown.splitlines()) and json.loads(shown) == RECIPE
+
+
+def test_wandb_gets_the_recipe_group_and_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for wandb, which need not be installed."""
+    told: dict[str, Any] = {}
+    config = SimpleNamespace(update=lambda values, allow_val_change: told.update(config=values, may_change=allow_val_change))
+    run = SimpleNamespace(config=config, define_metric=lambda name, step_metric: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: told.update(given) or run))
+    MetricsWriter(tmp_path, tensorboard=False, wandb=True, resume_from=None, recipe=RECIPE).close()
+    assert (told["config"], told["may_change"]) == (RECIPE, True)
+    assert (told["group"], told["tags"], told["resume"]) == ("mine", ["ppo", "tabletop"], "allow")
+    first = told["id"]
+    MetricsWriter(tmp_path, tensorboard=False, wandb=True, resume_from=3, recipe=RECIPE).close()
+    assert told["id"] == first

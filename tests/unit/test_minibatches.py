@@ -40,6 +40,18 @@ def test_union_is_the_same_for_any_rank_count(T, M, seed, ranks):
     assert union == whole
 
 
+def test_rows_that_others_fill_change_nothing():
+    """A second round of episodes begins after the longest first one of its rank: at another row, but with the same samples."""
+    keep, slot = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0], [1, 1], [1, 1], [1, 1]], dtype=torch.bool), torch.arange(4, 6)
+    early = torch.cat([keep[:3], keep[4:]])
+    for number in range(2):
+        column = slice(number, number + 1)
+        late, soon = (slot_minibatches(k[:, column], slot[column], 1, 2, 3, 3) for k in (keep, early))
+        rows = early[:, number].nonzero()[:, 0].tolist(), keep[:, number].nonzero()[:, 0].tolist()
+        numbered = [[[where.index(i) for i in part.tolist()] for part in parts] for where, parts in zip(rows, (soon, late), strict=True)]
+        assert numbered[0] == numbered[1]
+
+
 def test_every_slot_is_dealt_out_evenly_and_remainders_are_spread():
     # 6 samples per slot over 4 minibatches: 1 or 2 each; over 4 slots in a row the rotation evens them out to 6 each.
     slot = torch.arange(100, 108)

@@ -100,7 +100,7 @@ def test_gpus_and_nodes() -> None:
 @pytest.mark.parametrize(
     ("changes", "policy", "says"),
     [
-        ({"ranks": 3}, {}, "env.parallel = 64 (default): 64 parallel episodes do not split over 3 ranks. Use 63 or 66."),
+        ({"ranks": 3}, {}, "64 parallel episodes do not split over 3 ranks. Use 63 or 66, or fewer ranks: at most 2."),
         (
             {"placement": Placement(stages=3)},
             {},
@@ -212,6 +212,33 @@ def test_there_is_a_recipe_for_every_published_checkpoint() -> None:
     assert recipes - {robotwin} == {name for name in PUBLISHED if "RoboTwin" not in name} and robotwin in PUBLISHED
 
 
+# lr, value lr, Adam's eps, gradient clip, clip low and high, level of log-probs, training temperature and top-k, evaluation's temperature,
+# LoRA rank. RLinf-VLA's configurations; betas, weight decay, discount, lambda and Huber's delta are the same in all of them.
+MANISKILL = {"openvla-ppo": (1e-4, 3e-3, 1e-8, 10, 0.2, 0.2, "action", 1.0, 0, 0.6, 32)}
+MANISKILL |= {"oft-ppo": (1e-4, 3e-3, 1e-8, 10, 0.2, 0.28, "token", 1.0, 0, 0.6, 32)}
+MANISKILL |= {"oft-grpo": (1e-4, None, 1e-8, 10, 0.2, 0.28, "token", 1.0, 0, 0.6, 32)}
+MANISKILL |= {"openvla-grpo": (1e-5, None, 1e-8, 1, 0.2, 0.28, "token", 1.0, 50, 0.6, None)}
+LIBERO = (2e-5, None, 1e-8, 1, 0.2, 0.28, "token", 1.6, 0, 1.6, None)
+ROBOTWIN = (2e-4, None, 1e-5, 1, 0.2, 0.28, "token", 1.6, 0, 0.0, 32)
+
+
+@pytest.mark.parametrize("path", PUBLISHED_RUNS, ids=lambda p: p.stem)
+def test_published_runs_have_the_published_settings(path: Path) -> None:
+    recipe = load_recipe(path, [])
+    family = path.stem.removeprefix("maniskill-") if recipe.env.simulator == "maniskill" else recipe.env.simulator
+    wanted = {**MANISKILL, "libero": LIBERO, "robotwin": ROBOTWIN}[family]
+    u, a, lora = recipe.update, recipe.algorithm, recipe.policy.lora
+    value = u.value_learning_rate if isinstance(a, Ppo) else None
+    got = (u.learning_rate, value, u.eps, u.grad_clip, *a.clip, a.logprob, recipe.rollout.temperature, recipe.rollout.top_k)
+    assert (*got, recipe.eval.temperature, lora.rank if lora is not None else None) == wanted
+    assert (u.betas, u.weight_decay, u.epochs, u.lr_decay, u.lr_warmup) == ((0.9, 0.999), 0.01, 1, False, 0)
+    assert (a.entropy_coef, a.kl_coef, a.dual_clip) == (0, 0, None)
+    if isinstance(a, Ppo):
+        assert (a.gamma, a.gae_lambda, a.value_clip, a.huber, a.bootstrap, a.critic_warmup) == (0.99, 0.95, 0.2, 10, "always", 0)
+    if lora is not None and lora.start == "zero":
+        assert "lm_head" in lora.targets and "q_proj" in lora.targets and "fc3" in lora.targets
+
+
 @pytest.mark.parametrize("task", ROBOTWIN_TASKS)
 def test_the_robotwin_run_takes_the_other_published_tasks(task: str) -> None:
     path = next(path for path in PUBLISHED_RUNS if path.stem == "robotwin-oft-grpo")
@@ -245,6 +272,10 @@ def test_published_runs_fit_eight_gpus_and_say_what_smaller_machines_need(path: 
     assert planned(gpus(1), lora, "eval.parallel=64", *few).update.minibatch_samples == whole.update.minibatch_samples
     # 7.5 billion frozen weights are 14.0 GiB in bfloat16: one card of 24 GiB holds either those or the copy that acts, one of 16 neither.
     small = (lora, *few, "env.parallel=8", "eval.parallel=8", "update.microbatch=4")
+    with pytest.raises(PlanError) as tight:  # with adapters, but as many slots and samples a pass as on a large card
+        planned(gpus(1, gib=24), lora, *few)
+    assert "more memory" not in tight.value.hint and ("env.parallel" in tight.value.hint or "update.microbatch" in tight.value.hint)
+    assert "of which 92% are planned for" in tight.value.message
     alone = planned(gpus(1, gib=24), *small)
     assert alone.residency.rollout[-1:] == ("weights",) and alone.residency.update == ("gradients",)
     with pytest.raises(PlanError, match=r"policy gathered for acting most of all \(14\.[01] GiB\)") as little:

@@ -24,6 +24,15 @@ def test_top_k_keeps_exactly_k_and_breaks_ties_downwards() -> None:
     assert torch.equal(log_distribution(LOGITS, 1.0, 9), log_distribution(LOGITS, 1.0, 0))
 
 
+def test_a_token_to_be_scored_is_always_among_the_k() -> None:
+    # 1 and 3 are the two likeliest. Token 0 takes the place of 3: 1, 4 of 5; a token that is among them changes nothing.
+    scored = log_distribution(LOGITS, 1.0, 2, torch.tensor([[0]]))
+    torch.testing.assert_close(scored.exp()[0, 0], torch.tensor([1, 4, 0, 0], dtype=torch.float64) / 5)
+    for token in (1, 3):
+        assert torch.equal(log_distribution(LOGITS, 1.0, 2, torch.tensor([[token]])), log_distribution(LOGITS, 1.0, 2))
+    assert torch.equal(log_distribution(LOGITS, 1.0, 0, torch.tensor([[0]])), log_distribution(LOGITS, 1.0, 0))
+
+
 def test_inverse_cdf() -> None:
     # Cumulated: 1/8, 5/8, 6/8, 1. A noise on an edge belongs to the next bin.
     logp = log_distribution(LOGITS.expand(1, 7, 4), 1.0, 0)

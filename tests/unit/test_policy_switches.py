@@ -16,7 +16,7 @@ from vlarl.errors import CheckpointError
 from vlarl.policies.actions import build_codec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import build_module, load_policy
-from vlarl.policies.layout import OpenVLAConfig, read_config, read_policy_spec, resolve_folder, stated_settings
+from vlarl.policies.layout import OpenVLAConfig, read_config, read_policy_spec, resolve_folder, stated_settings, switches
 from vlarl.policies.openvla import OpenVLA
 from vlarl.policies.openvla_oft import L1Head
 from vlarl.policies.probe import check_policy
@@ -75,9 +75,39 @@ def test_side_files_tell_oft(published: Path) -> None:
     (published / "dataset_statistics.json").write_text(json.dumps({"kitchen": ENTRY}))
     (published / "proprio_projector--150000_checkpoint.pt").touch()
     assert (read_config(published).kind, read_config(published).proprio_dim, read_config(published).head) == ("openvla-oft", 2, "tokens")
+    tokens = read_config(published)
+    assert (tokens.resize, tokens.crop, tokens.views) == ("pil", False, 1)
     (published / "action_head--150000_checkpoint.pt").touch()
     assert read_config(published).head == "l1"
     assert read_policy_spec(str(published)).head == "l1"
+
+
+def test_regression_heads_come_with_the_frames_of_their_authors(published: Path) -> None:
+    for part in ("action_head", "proprio_projector"):
+        (published / f"{part}--150000_checkpoint.pt").touch()
+    libero = read_config(published)
+    assert (libero.resize, libero.crop, libero.views, libero.chunk, libero.normalization) == ("lanczos", True, 2, 8, "quantiles")
+    told = "policy runs with lanczos resize, centre crop, 2 views, a stop token, quantiles normalisation, a state of 2"
+    assert switches(libero) == told
+    own = read_config(published, {"resize": "pil", "crop": False, "views": 1, "proprio": False, "stop_token": False})
+    assert switches(own) == "policy runs with pil resize, no crop, 1 view, no stop token, quantiles normalisation, no state"
+    arms = {part: {name: row * 2 for name, row in numbers.items()} for part, numbers in ENTRY.items()}
+    (published / "dataset_statistics.json").write_text(json.dumps({"aloha": arms}))
+    aloha = read_config(published)
+    assert (aloha.resize, aloha.crop, aloha.views, aloha.chunk, aloha.normalization) == ("lanczos", True, 3, 25, "bounds")
+
+
+def test_a_state_may_be_done_without(published: Path) -> None:
+    (published / "proprio_projector--5_checkpoint.pt").touch()
+    assert [read_config(published, said).proprio_dim for said in ({}, {"proprio": True}, {"proprio": False})] == [2, 2, 0]
+    (published / "dataset_statistics.json").write_text(json.dumps({"kitchen": {"action": ENTRY["action"]}}))
+    with pytest.raises(CheckpointError, match=r"they hold no proprio.* set policy.proprio to false .*--policy proprio=false"):
+        read_config(published)
+    assert read_config(published, {"proprio": False, "kind": "openvla-oft"}).proprio_dim == 0
+    with pytest.raises(CheckpointError, match="policy.proprio = true, and the checkpoint holds nothing that reads a state"):
+        read_policy_spec("scratch:tiny", stated={"proprio": True})
+    assert read_policy_spec("scratch:tiny-robotwin", stated={"proprio": False}).proprio_dim == 0
+    assert stated_settings(Policy(checkpoint="x", proprio=False)) == {"proprio": False}
 
 
 def test_a_state_projector_among_the_weights_is_seen(published: Path) -> None:
@@ -189,6 +219,8 @@ def test_l1_head_and_state_projector_come_from_side_files(tmp_path: Path) -> Non
     written = build_module(read_config(tmp_path), 1).state_dict()
     for part, file in files.items():  # as saved by their authors, who wrapped each part for data parallelism
         torch.save({f"module.{n.removeprefix(part + '.')}": t for n, t in written.items() if n.startswith(f"{part}.")}, file)
+    without = load_policy(str(tmp_path), "tiny_spatial", stated={"proprio": False})
+    assert (without.spec.head, without.spec.proprio_dim, hasattr(without.module, "proprio_projector")) == ("l1", 0, False)
     policy = load_policy(str(tmp_path), "tiny_spatial")
     assert (policy.spec.kind, policy.spec.head) == ("openvla-oft", "l1")
     assert policy.spec.proprio_dim > 0

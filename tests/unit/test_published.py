@@ -57,8 +57,10 @@ def test_settings_of_a_recipe_count_before_the_download() -> None:
 
 
 def test_hints_name_the_command_only_where_a_name_may_be_a_hub_id() -> None:
-    for path in ("/data/openvla", "a/b/c", "x"):
+    for path in ("a/b/c", "x"):
         assert download_hint(path, "Give one.") == "Give one."
+    for path in ("/data/openvla", "runs/openvla", "./data"):
+        assert "hf download" not in download_hint(path, "Give one.")
     assert download_hint("a/b-7b", "Give one.") == "Give one. From the Hub: `hf download a/b-7b --local-dir a/b-7b`."
     with pytest.raises(CheckpointError) as caught:
         read_adapter(Path("RLinf/some-lora"))
@@ -84,3 +86,13 @@ def test_a_run_is_planned_without_its_checkpoint_and_starts_only_with_it(
     assert f"{OFT}: there is no such policy folder." in text
     assert f"`hf download {OFT} --local-dir {OFT}`" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_folder_is_answered_with_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/quickstart", "runs/other", "mine/policy"):
+        (tmp_path / name).mkdir(parents=True)
+    assert download_hint("runs/quikstart", "Give one.") == "Give one. In runs there is: quickstart."
+    assert download_hint("mine/polcy", "Give one.") == "Give one. In mine there is: policy."
+    assert "There is no folder runs/no either." in download_hint("runs/no/way", "Give one.")
+    assert "hf download" in download_hint("openvla/openvla-7b", "Give one.")

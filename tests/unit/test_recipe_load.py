@@ -97,6 +97,39 @@ def test_a_changed_kind_replaces_the_whole_section(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, text), ["algorithm.gae_lambda=0.5"]).algorithm == Ppo(gamma=0.5, gae_lambda=0.5)
 
 
+def test_the_kind_of_a_policy_leaves_its_other_settings_alone(tmp_path: Path) -> None:
+    policy = load_recipe(write(tmp_path, MINIMAL), ["policy.kind=openvla-oft"]).policy
+    assert (policy.kind, policy.checkpoint) == ("openvla-oft", "scratch:tiny")
+
+
+def test_numbers_in_quotes_are_shown_as_text(tmp_path: Path) -> None:
+    text = MINIMAL + "update: {updates: '2', learning_rate: '1e-4'}\npolicy2: 1\nranks: x\n"
+    assert problems(tmp_path, text) == [
+        'update.learning_rate = "1e-4" (recipe line 3): expected a number above 0. In quotes it is text; write 1e-4.',
+        'update.updates = "2" (recipe line 3): expected a whole number of at least 0. In quotes it is text; write 2.',
+        "policy2 (recipe line 4): unknown field. Did you mean policy?",
+        "ranks = x (recipe line 5): expected a whole number of at least 1 (or null).",
+    ]
+
+
+def test_a_field_in_a_list_of_sections_is_named(tmp_path: Path) -> None:
+    text = MINIMAL + "warmstart:\n- {steps: 10, data: 3}\n- {steps: 10, batc: 3}\n- 7\n- {steps:5, data: [a]}\n"
+    assert problems(tmp_path, text) == [
+        "warmstart[0].data = 3 (recipe line 4): expected text (or null).",
+        "warmstart[1].batc (recipe line 5): unknown field. Did you mean warmstart[1].batch?",
+        "warmstart[2] = 7 (recipe line 6): expected a section (fields: steps, tasks, data, batch, learning_rate, lr_warmup, ...).",
+        "warmstart[3].data = [a] (recipe line 7): expected text (or null).",
+        "warmstart[3].steps:5 (recipe line 7): unknown field. Write `steps: 5`, with a space after the colon.",
+        "warmstart[3].steps: required, and not given. Add a whole number of at least 1.",
+    ]
+
+
+def test_what_is_no_yaml_is_named_by_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "# Title\n\ntext\n    vlarl: [\n", "README.md")
+    with pytest.raises(RecipeError, match=r"README\.md: 1 problem"):
+        load_recipe(path, [])
+
+
 def test_extends_merges_one_level_and_keeps_lines(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL + "env:\n  parallel: 32\n  horizon: 20\nsummary: base\n", "base.yaml")
     top = write(tmp_path, "extends: base\nname: b\nenv: {horizon: 24}\n")
@@ -167,9 +200,11 @@ def test_a_pace_for_towers_that_do_not_learn(tmp_path: Path) -> None:
     assert found.startswith("update.vision_scale = 0.5 (recipe line 3): the vision towers do not learn")
 
 
-def test_json_schema_describes_fields_and_requires_nothing(tmp_path: Path) -> None:
+def test_json_schema_describes_fields_and_requires_some_where_nothing_is_extended() -> None:
     schema = json_schema()
     assert {"extends", "env", "policy", "algorithm"} <= schema["properties"].keys()
     assert schema["additionalProperties"] is False
-    assert "required" not in schema
+    assert "required" not in schema and "required" not in schema["$defs"]["Policy"]
+    assert schema["if"] == {"not": {"required": ["extends"]}}
+    assert schema["then"] == {"required": ["name", "policy"], "properties": {"policy": {"required": ["checkpoint"]}}}
     assert schema["$defs"]["Env"]["properties"]["parallel"]["description"].startswith("Episodes played at once")

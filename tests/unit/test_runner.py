@@ -42,11 +42,11 @@ def test_rows_do_not_depend_on_how_many_play_at_once(policy: VLAPolicy) -> None:
 def test_rows_and_films() -> None:
     played = [episode(0, 3, True), episode(1, 4, False), episode(2, 1, True)]
     pool = LocalPool([FakeEnv(2)], 0, 2, K, ListFeed(played, 2), "all")
-    told: list[EpisodeRow] = []
-    recorder = EpisodeRecorder(lambda uid: uid < 2, told.append)
+    told: list[tuple[int, int]] = []
+    recorder = EpisodeRecorder(lambda uid: uid < 2, lambda rows, open_actions: told.append((len(rows), open_actions)))
     play_episodes(pool, Sampler(FakePolicy(), 7, N, 0.0, 0), recorder, NoSpans())
     rows = {row.uid: row for row in recorder.rows}
-    assert told == recorder.rows
+    assert told == [(0, 0), (0, 4), (2, 0), (3, 0)]  # episodes that have ended, actions in the others: K of each, then 3 and 4, then 1
     assert [(rows[u].success, rows[u].return_, rows[u].length) for u in range(3)] == [(True, 6.0, 3), (False, 410.0, 4), (True, 201.0, 1)]
     films = {film.spec.uid: film for film in recorder.films}
     assert sorted(films) == [0, 1]

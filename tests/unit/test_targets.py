@@ -82,6 +82,15 @@ def test_grpo_weighs_trajectories_alike() -> None:
     assert targets.weight_TB.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0]]
 
 
+def test_grpo_counts_chunks_where_ratios_are_of_chunks() -> None:
+    """Slot 0 plays 1 action and slot 1 plays 3, in 1 and 2 chunks; the horizon of 8 is 4 chunks of 2."""
+    batch = grpo_batch()
+    assert batch.valid_TBK.shape[-1] == 2
+    short = tuple(replace(row, length=length) for row, length in zip(batch.episodes, (1, 3, 2, 4), strict=True))
+    targets = grpo_targets(replace(batch, episodes=short), Grpo(group_size=2, logprob="chunk"), horizon=8)
+    assert targets.weight_TB.tolist() == [[4, 2, 0, 0], [0, 2, 0, 0]]
+
+
 def test_grpo_drops_groups_outside_the_filter() -> None:
     batch = grpo_batch()
     assert grpo_targets(batch, Grpo(group_size=2, filter=(0.6, 1.0)), 8).kept_groups == 0  # success rates are 0.5 and 1

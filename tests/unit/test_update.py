@@ -183,6 +183,7 @@ def test_an_update_without_samples_does_nothing(world: World) -> None:
 def test_the_critics_warm_up_moves_the_value_head_alone(world: World) -> None:
     learner = build(world, PLAIN, replace(ONE_STEP, minibatches=2))
     set_learning_rates(learner.optimizer, 0.0, 0.1)
+    learner.trains_policy = False
     before = weights(learner)
     for update in range(2):
         batch = rollout(learner.policy)  # type: ignore[arg-type]
@@ -190,6 +191,11 @@ def test_the_critics_warm_up_moves_the_value_head_alone(world: World) -> None:
     after = weights(learner)
     assert same(before, after, "backbone.") and same(before, after, "head.")
     assert not torch.equal(before["value_head.weight"], after["value_head.weight"])
+    moments = {name: learner.optimizer.state[p] for name, p in learner.policy.module.named_parameters()}
+    assert {name: int(state["step"]) for name, state in moments.items() if not name.startswith("value_head.")} == {
+        name: 0 for name in moments if not name.startswith("value_head.")
+    }
+    assert int(moments["value_head.weight"]["step"]) == 4
 
 
 def test_grpo_leaves_the_value_head_alone(world: World) -> None:
@@ -219,6 +225,18 @@ def test_epochs_learn_every_sample_once_each(world: World) -> None:
     assert learner.update(batch, targets_for(batch), 0)["steps"] == 4
     seen = [round(12 * float(s)) for rows in policy.calls for s in rows[:, 0]]
     assert sorted(seen) == sorted([*range(12)] * 2) and seen[:12] != seen[12:]
+
+
+def test_every_forward_pass_is_a_beat(world: World) -> None:
+    """A healthy update may last longer than a rank may be silent."""
+    policy, passes = LinearPolicy(world, bins=BINS), list[int]()
+    settings = replace(ONE_STEP, epochs=2, minibatches=2, microbatch=2)
+    optimizer = build_optimizer(policy.module, 0.1, 0.1, 1.0, (0.9, 0.95), 1e-8, 0.01)
+    beat = lambda: passes.append(len(policy.calls))  # noqa: E731
+    learner = Learner(policy, None, optimizer, world, PLAIN, settings, Rollout(), seed=1, beat=beat)  # type: ignore[arg-type]
+    batch = rollout(policy)
+    learner.update(batch, targets_for(batch), 0)
+    assert passes == [*range(12)] == [*range(len(policy.calls))]
 
 
 def test_the_kl_term_pulls_back_to_the_reference(world: World) -> None:

@@ -30,6 +30,12 @@ def test_header(path: Path) -> None:
     assert struct.unpack("<6q", path.read_bytes()[first.start : first.start + 48]) == (0, 1, 2, 3, 4, 5)
 
 
+def test_a_configuration_shipped_without_weights() -> None:
+    with pytest.raises(CheckpointError) as refused:
+        read_weights(resolve_folder("bundled:tiny-openvla")[0])
+    assert "scratch:tiny-openvla" in refused.value.hint
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -7, -1])
 def test_a_file_cut_anywhere_is_noticed(path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])

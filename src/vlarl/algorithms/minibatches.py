@@ -18,9 +18,9 @@ def slot_minibatches(keep_TB: Tensor, slot_B: Tensor, seed: int, update: int, ep
     Slot s with n samples gives part m the samples floor(m n / M) .. floor((m+1) n / M) of its permutation, and part m goes to minibatch
     (m + s) mod M, so that what does not divide evenly is spread over the minibatches and not piled on one of them.
     """
-    T, B = keep_TB.shape
-    step_T1 = torch.arange(T, device=keep_TB.device)[:, None]
-    key_TB = rng.fold(seed, update, epoch, slot_B[None], step_T1)
+    # A sample's number among its slot's own, and not its row: rows that only others fill differ with the number of ranks.
+    number_TB = (keep_TB.cumsum(0) - 1).clamp(min=0)
+    key_TB = rng.fold(seed, update, epoch, slot_B[None], number_TB)
     order_TB = torch.argsort(key_TB, dim=0, stable=True)
     kept_TB = keep_TB.gather(0, order_TB)
     position_TB = kept_TB.cumsum(0) - 1  # among the slot's kept samples, in the order of the permutation

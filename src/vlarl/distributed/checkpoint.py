@@ -11,8 +11,9 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,12 +23,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 from vlarl.distributed.fsdp import full_state_dict
 from vlarl.distributed.manifest import FORMAT, MANIFEST, describe_files, read_manifest, sync, sync_tree, temporary, verify
 from vlarl.distributed.mesh import World
-from vlarl.distributed.reduce import all_gather_objects, broadcast_object
+from vlarl.distributed.reduce import all_gather_objects, broadcast_object, meet
 from vlarl.errors import CheckpointError, MachineError, VlarlError, WorkerError
 
 WritePolicy = Callable[[Path, dict[str, Tensor]], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SLACK_BYTES = 8 << 20  # manifests, tokenizer, ranks' own state
+_PHASE = "checkpoint"
+
+
+class Pulse(Protocol):
+    """How a rank shows that it is alive, with the phase it is in: metrics.status.Heartbeat."""
+
+    def beat(self, phase: str) -> None: ...
+
+    def waiting(self, phase: str) -> AbstractContextManager[None]: ...
+
+
+class Unwatched:
+    """The pulse of a rank that nobody watches."""
+
+    def beat(self, phase: str) -> None:
+        pass
+
+    def waiting(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+UNWATCHED = Unwatched()
 
 
 def save(
@@ -39,6 +62,7 @@ def save(
     write_policy: WritePolicy,
     manifest: dict[str, Any],
     names: Container[str] | None = None,
+    pulse: Pulse = UNWATCHED,
 ) -> None:
     """Write a checkpoint to `folder`, replacing an older one there. Collective; `module` is sharded and not being acted with.
 
@@ -48,17 +72,18 @@ def save(
     write_policy(path, state): called on the main rank with an empty folder and whole weights (CPU), writes the policy for `eval`.
     names: of the weights that it wants; None: all.
     manifest: JSON values to keep with it (update, versions, scores), of the main rank.
+    pulse: beats with every file, and while the main rank works alone.
     Raises MachineError if the disk is full or the folder unwritable; then nothing of it is left, and older checkpoints are untouched.
     """
     part = temporary(folder)
-    _together(world, part, lambda: _prepare(part, _bytes_needed(module, optimizer, names)) if world.is_main else None)
+    _together(world, part, pulse, lambda: _prepare(part, _bytes_needed(module, optimizer, names)) if world.is_main else None)
     weights = {} if module is None else full_state_dict(module, names)
-    _together(world, part, lambda: _write(world, part, module, optimizer, extra, weights, write_policy))
-    _together(world, part, lambda: _finish(world, part, folder, manifest) if world.is_main else None)
+    _together(world, part, pulse, lambda: _write(world, part, module, optimizer, extra, weights, write_policy, pulse))
+    _together(world, part, pulse, lambda: _finish(world, part, folder, manifest, pulse) if world.is_main else None)
 
 
 def load(
-    world: World, folder: Path, module: nn.Module | None, optimizer: torch.optim.Optimizer | None
+    world: World, folder: Path, module: nn.Module | None, optimizer: torch.optim.Optimizer | None, pulse: Pulse = UNWATCHED
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     """Restore trained weights and optimiser in place from `folder`, on any number of ranks. Collective.
 
@@ -68,11 +93,14 @@ def load(
     own where manifest["ranks"] == world.world_size. Learning rates are not restored: they follow from the schedule.
     Raises CheckpointError if it is missing, truncated, damaged, or of another policy.
     """
-    _together(world, None, lambda: verify(folder) if world.is_main else None)
+    _together(world, None, pulse, lambda: verify(folder, beat=lambda: pulse.beat(_PHASE)) if world.is_main else None)
     manifest = read_manifest(folder)
-    _together(world, None, lambda: _read(world, folder, module, optimizer))
-    extras = tuple(torch.load(_rank_file(folder, r), map_location="cpu", weights_only=True) for r in range(manifest["ranks"]))
-    return extras, manifest
+    _together(world, None, pulse, lambda: _read(world, folder, module, optimizer))
+    extras = []
+    for rank in range(manifest["ranks"]):
+        pulse.beat(_PHASE)
+        extras.append(torch.load(_rank_file(folder, rank), map_location="cpu", weights_only=True))
+    return tuple(extras), manifest
 
 
 def _prepare(part: Path, needed: int) -> None:
@@ -97,23 +125,32 @@ def _write(
     extra: dict[str, Any],
     weights: dict[str, Tensor],
     write_policy: WritePolicy,
+    pulse: Pulse,
 ) -> None:
+    pulse.beat(_PHASE)
     if world.learners is not None:
         writer = dcp.FileSystemWriter(part / "state", thread_count=1, sync_files=True)
         dcp.save(_state(module, optimizer), storage_writer=writer, process_group=world.learners.control)
+    pulse.beat(_PHASE)
     rank_file = _rank_file(part, world.rank)
     torch.save(extra, rank_file)
     sync(rank_file)
+    pulse.beat(_PHASE)
     if world.is_main:
         write_policy(part / "policy", weights)
 
 
-def _finish(world: World, part: Path, folder: Path, manifest: dict[str, Any]) -> None:
+def _finish(world: World, part: Path, folder: Path, manifest: dict[str, Any], pulse: Pulse) -> None:
     """Describe, flush and rename: from here on the checkpoint exists."""
-    own = {"format": FORMAT, "complete": True, "ranks": world.world_size, "files": describe_files(part), "software": _software()}
+
+    def beat() -> None:
+        pulse.beat(_PHASE)
+
+    files = describe_files(part, beat)
+    own = {"format": FORMAT, "complete": True, "ranks": world.world_size, "files": files, "software": _software()}
     assert not own.keys() & manifest.keys(), f"the manifest's own fields: {sorted(own)}"
     (part / MANIFEST).write_text(json.dumps({**manifest, **own}, indent=1), encoding="utf-8")
-    sync_tree(part)
+    sync_tree(part, beat)
     if folder.exists():
         old = folder.with_name(folder.name + ".old.tmp")
         folder.rename(old)
@@ -156,7 +193,7 @@ def _bytes_needed(module: nn.Module | None, optimizer: torch.optim.Optimizer | N
     return state + weights + _SLACK_BYTES
 
 
-def _together(world: World, part: Path | None, action: Callable[[], object]) -> None:
+def _together(world: World, part: Path | None, pulse: Pulse, action: Callable[[], object]) -> None:
     """Run `action` on every rank; if any fails, remove `part` and raise the first rank's error on all of them."""
     failure: BaseException | None = None
     try:
@@ -164,7 +201,10 @@ def _together(world: World, part: Path | None, action: Callable[[], object]) -> 
     except (Exception, CheckpointException) as error:
         failure = error
     # Judged before cleaning up, while the disk is as full as the writer found it.
-    verdicts = all_gather_objects(world, None if failure is None else _as_vlarl_error(failure, part))
+    verdict_here = None if failure is None else _as_vlarl_error(failure, part)
+    with pulse.waiting(_PHASE):
+        meet(world, "a checkpoint")
+    verdicts = all_gather_objects(world, verdict_here)
     if all(v is None for v in verdicts):
         return
     if part is not None and world.is_main:

@@ -24,7 +24,7 @@ Order = Literal["collect", "weights", "report", "keep", "end"]
 
 TAGS: dict[Kind, int] = {"observations": 1, "actions": 2, "trajectories": 3, "orders": 4}
 ORDERS: tuple[Order, ...] = ("collect", "weights", "report", "keep", "end")
-PATIENCE = 10  # deadlines that a whole phase of other ranks may last; they prove meanwhile by their heartbeats that they are alive
+PATIENCE = 10  # deadlines that a slow peer may take; it proves meanwhile by its heartbeats that it is alive, or the launcher names it
 POLL_SECONDS = 50e-6
 
 
@@ -79,7 +79,7 @@ class Link:
 
     def _start(self, transfer: Callable[..., dist.Work | None], tensor: Tensor, what: str, kind: Kind) -> Pending:
         rollout = kind in ("observations", "actions")
-        seconds = self._world.timeout_seconds * (1 if rollout else PATIENCE)
+        seconds = self._world.timeout_seconds * PATIENCE
         try:
             work = transfer(tensor, self._peer, self._groups[kind], TAGS[kind])
         except (dist.DistError, RuntimeError) as error:  # gloo says so at once where the peer is known to be gone
@@ -97,7 +97,7 @@ class Links:
         split = any(r.roles != plan.ranks[0].roles for r in plan.ranks)
         kinds: tuple[Kind, ...] = ("observations", "actions")
         # Past its deadline NCCL ends the process without a word: twice ours, so that Pending names the peer first.
-        timeout = timedelta(seconds=2 * world.timeout_seconds)
+        timeout = timedelta(seconds=2 * PATIENCE * world.timeout_seconds)
         for kind in kinds:  # gloo tells kinds apart by their tags
             self._groups[kind] = dist.new_group(timeout=timeout) if split and world.device.type == "cuda" else None
 

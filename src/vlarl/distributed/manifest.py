@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ MANIFEST = "manifest.json"
 BEST = "best"
 _PREFIX = "update-"
 _TEMPORARY = ".tmp"
+_ASIDE = ".damaged"
+_ANOTHER = "Copy it again, or delete or move that folder: --resume and eval then take the newest checkpoint that is left."
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not those that were written; an older one of the run may be whole."""
 
 
 def checkpoint_folder(run_dir: Path, update: int) -> Path:
@@ -33,10 +40,13 @@ def temporary(folder: Path) -> Path:
     return folder.with_name(folder.name + _TEMPORARY)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """{path relative to `folder`: {bytes, sha256}} of every file but the manifest, in name order."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def describe_files(folder: Path, beat: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
+    """{path relative to `folder`: {bytes, sha256}} of every file but the manifest, in name order. beat: called before each is read."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST):
+        beat()
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -48,20 +58,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         message = f"{folder} is not a checkpoint: it has no {MANIFEST}."
         raise CheckpointError(message, "Give a folder such as RUN/checkpoints/best.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.", "Use another checkpoint of the run.") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+    except ValueError as error:
+        raise DamagedError(f"{folder / MANIFEST} cannot be read: {error}.", _ANOTHER) from error
     if not isinstance(manifest, dict) or manifest.get("complete") is not True:
-        raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a complete checkpoint.", "Use another checkpoint of the run.")
+        raise DamagedError(f"{folder / MANIFEST} is not the manifest of a complete checkpoint.", _ANOTHER)
     if manifest.get("format") != FORMAT:
         message = f"{folder} has checkpoint format {manifest.get('format')}, expected {FORMAT}."
         raise CheckpointError(message, "Load it with the vlarl that wrote it.")
     return manifest
 
 
-def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
-    """Compare the files with the manifest: sizes, and contents if `hashes`. Returns it; CheckpointError names the first misfit."""
+def verify(folder: Path, hashes: bool = True, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Compare the files with the manifest: sizes, and contents if `hashes`. Returns it; CheckpointError names the first misfit.
+
+    beat: called before each file."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
+        beat()
         path = folder / name
         if not path.is_file():
             problem = "is missing"
@@ -71,8 +86,7 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
             problem = "has other contents than were written"
         else:
             continue
-        message = f"The checkpoint {folder} is damaged: {name} {problem}."
-        raise CheckpointError(message, "Use another checkpoint of the run, or copy it again.")
+        raise DamagedError(f"The checkpoint {folder} is damaged: {name} {problem}.", _ANOTHER)
     return manifest
 
 
@@ -88,13 +102,41 @@ def check_placement(folder: Path, placement: str) -> None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's finished checkpoints, oldest first."""
     found = [p for p in (run_dir / "checkpoints").glob(f"{_PREFIX}*") if _update(p).isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(_update(p)))
+    return sorted(found, key=update_of)
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest finished checkpoint; None if there is none."""
     found = checkpoints(run_dir)
     return found[-1] if found else None
+
+
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[DamagedError]]:
+    """The newest finished checkpoint whose files have their sizes (hashes take minutes at 7B, and are the ranks' to compare), and what is
+    wrong with those after it, newest first."""
+    damage = []
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            verify(folder, hashes=False)
+        except DamagedError as problem:
+            damage.append(problem)
+        else:
+            return folder, damage
+    return None, damage
+
+
+def set_aside_after(folder: Path) -> None:
+    """Rename the checkpoints newer than `folder`, so that it is the latest: else the ranks would take them, and `prune` keep them before
+    those to come. Nothing is deleted: what is damaged may still hold what somebody needs."""
+    run_dir = folder.parent.parent
+    for newer in [p for p in checkpoints(run_dir) if update_of(p) > update_of(folder)]:
+        places = (newer.with_name(f"{newer.name}{_ASIDE}{n}") for n in ("", *map(str, range(2, 1000))))
+        try:
+            newer.rename(next(place for place in places if not place.exists()))
+        except OSError as error:
+            message = f"{newer} is damaged and cannot be renamed: {error.strerror or error}."
+            raise CheckpointError(message, "Move or delete that folder, then resume again.") from None
+    sync(folder.parent)
 
 
 def best(run_dir: Path) -> Path | None:
@@ -133,11 +175,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and itself."""
+def sync_tree(folder: Path, beat: Callable[[], object] = lambda: None) -> None:
+    """Flush every file and folder below `folder`, and itself. beat: called before each."""
     for path in folder.rglob("*"):
+        beat()
         sync(path)
     sync(folder)
+
+
+def update_of(folder: Path) -> int:
+    """After how many updates a checkpoint was taken."""
+    return int(_update(folder))
 
 
 def _update(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Owns the small collectives: global sums and maxima, gathered objects, named barriers. All are no-ops on one rank."""
+"""Owns the small collectives: global sums and maxima, gathered objects, named barriers, meetings. All are no-ops on one rank."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlarl.distributed.links import PATIENCE
 from vlarl.distributed.mesh import World
 from vlarl.errors import WorkerError
 
 T = TypeVar("T")
+MEETING_TAG = 5  # beside those of links
 
 
 def all_reduce_sum(world: World, tensor: Tensor) -> Tensor:
@@ -63,6 +66,24 @@ def barrier(world: World, name: str) -> None:
         dist.monitored_barrier(world.control, timeout=timedelta(seconds=world.timeout_seconds), wait_all_ranks=True)
 
 
+def meet(world: World, what: str) -> None:
+    """Wait for the slowest rank with the patience of `links`, where a collective would have one deadline. Beat meanwhile.
+
+    Messages, because only their waits can be longer than the deadline of the group. Raises WorkerError naming `what` and the peer."""
+    if world.world_size == 1:
+        return
+    peers = [rank for rank in range(world.world_size) if rank != world.main] if world.is_main else [world.main]
+    for send in (False, True) if world.is_main else (True, False):
+        for peer in peers:
+            with _deadline(world, f"{what}, waiting for rank {dist.get_global_rank(world.control, peer)}", PATIENCE):
+                if send:
+                    work = dist.isend(torch.zeros(1), group=world.control, group_dst=peer, tag=MEETING_TAG)
+                else:
+                    work = dist.irecv(torch.zeros(1), group=world.control, group_src=peer, tag=MEETING_TAG)
+                assert work is not None, "both ranks are members of the group"
+                work.wait(timedelta(seconds=PATIENCE * world.timeout_seconds))
+
+
 def _all_reduce(world: World, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     if world.world_size == 1:
         return tensor
@@ -74,9 +95,10 @@ def _all_reduce(world: World, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Te
 
 
 @contextmanager
-def _deadline(world: World, what: str) -> Iterator[None]:
+def _deadline(world: World, what: str, deadlines: int = 1) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        message = f"Rank {world.rank} of {world.world_size} lost its peers in {what} (deadline {world.timeout_seconds:.0f} s): {error}"
+        seconds = deadlines * world.timeout_seconds
+        message = f"Rank {world.rank} of {world.world_size} lost its peers in {what} (deadline {seconds:.0f} s): {error}"
         raise WorkerError(message, "The rank that failed first says why in its own log.") from error

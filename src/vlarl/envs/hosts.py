@@ -56,9 +56,12 @@ class HostedEnv:
     """A BatchedEnv of `slots` slots in child processes. Frames arrive on the CPU and are handed out on `device`."""
 
     def __init__(
-        self, slots: int, first_slot: int, spec: EnvSpec, hosting: Hosting, device: torch.device, started: Callable[[int, int], None]
+        self, slots: int, first_slot: int, spec: EnvSpec, hosting: Hosting, device: torch.device, started: Callable[[int, int], None],
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
-        """first_slot: names slots in messages and logs. started(n, total): called as hosts come up. Raises MachineError, WorkerError."""
+        """first_slot: names slots in messages and logs. started(n, total): called as hosts come up. beat: called every second while a host
+        is waited for, in whichever thread waits: a host's deadline may be longer than its rank may be silent. Raises MachineError,
+        WorkerError."""
         self.spec = spec
         self._slots, self._hosting, self._device = slots, hosting, device
         self._memory = _shared_file(Frames.size(slots, spec))
@@ -69,7 +72,7 @@ class HostedEnv:
         self._pending: dict[int, list[Any]] | None = None
         self.restarts = 0  # hosts that were replaced
         places = [range(start, min(start + hosting.per_host, slots)) for start in range(0, slots, hosting.per_host)]
-        self._hosts = [_Host(p, first_slot) for p in places]
+        self._hosts = [_Host(p, first_slot, beat) for p in places]
         opening = {"adapter": hosting.adapter, "settings": dict(hosting.settings), "spec": asdict(spec), "slots": slots}
         self._opening = [{**opening, "places": list(p)} for p in places]
         try:
@@ -242,8 +245,8 @@ class _Failure(Exception):
 class _Host:
     """One child process and the line to it. places: slots of the rank's batch that it plays; first: number of the batch's first slot."""
 
-    def __init__(self, places: range, first: int) -> None:
-        self.places, self.first = places, first
+    def __init__(self, places: range, first: int, beat: Callable[[], object]) -> None:
+        self.places, self.first, self._beat = places, first, beat
         self.label = f"slot {first + places[0]}" + (f"-{first + places[-1]}" if len(places) > 1 else "")
         self.log = Path()
         self._process: subprocess.Popen[bytes] | None = None
@@ -285,7 +288,7 @@ class _Host:
         assert self._channel is not None
         allowed = seconds * len(self.places) * (1 + self._replayed)
         try:
-            return self._channel.receive(allowed)
+            return self._channel.receive(allowed, self._beat)
         except Late:
             raise _Failure(phase, f"did not answer within {allowed:g} s of its {phase}.") from None
         except (Gone, ValueError):

@@ -33,12 +33,15 @@ class _Open:
 
 
 class EpisodeRecorder:
-    """Recorder of a rollout that keeps a row per finished episode, and films of the episodes that `wants_film` picks by uid."""
+    """Recorder of a rollout that keeps a row per finished episode, and films of the episodes that `wants_film` picks by uid.
 
-    def __init__(self, wants_film: Callable[[int], bool], finished: Callable[[EpisodeRow], None] | None = None) -> None:
+    watch: called after every chunk step of a stage with the rows so far and the number of actions executed in episodes still open.
+    """
+
+    def __init__(self, wants_film: Callable[[int], bool], watch: Callable[[list[EpisodeRow], int], None] | None = None) -> None:
         self.rows: list[EpisodeRow] = []
         self.films: list[Film] = []
-        self._wants_film, self._finished = wants_film, finished
+        self._wants_film, self._watch = wants_film, watch
         self._open: dict[tuple[int, int], _Open] = {}
 
     def record(self, stage: int, t: int, step: EnvStep, rows: Tensor, chunk: ActionChunk | None) -> None:
@@ -55,6 +58,8 @@ class EpisodeRecorder:
             film = self._open[place].film
             if film is not None:
                 film.frames.append(step.obs.image_BVHWC[b].cpu().clone())
+        if self._watch is not None:
+            self._watch(self.rows, sum(episode.length for episode in self._open.values()))
 
     def _outcome(self, stage: int, step: EnvStep) -> None:
         result = step.result
@@ -74,8 +79,6 @@ class EpisodeRecorder:
             s = episode.spec
             row = EpisodeRow(s.uid, s.task, s.init_state, s.seed, success[b], episode.return_, episode.length)
             self.rows.append(row)
-            if self._finished is not None:
-                self._finished(row)
             if episode.film is not None:
                 if b in final and step.final_obs is not None:
                     episode.film.frames.append(step.final_obs.image_BVHWC[final[b]].cpu().clone())

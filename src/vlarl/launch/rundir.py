@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,18 @@ def remains(run: RunDir) -> list[Path]:
     """What an attempt leaves behind of how it ended; nothing in a folder that is ready for one."""
     fixed = [path for path in (run.status, run.result) if path.exists()]
     return [*fixed, *run.path.glob("heartbeat/*.json"), *run.path.glob("logs/*.error.json")]
+
+
+def check_writable(path: Path, hint: str) -> None:
+    """Raise MachineError unless something can be made at `path`, by making and removing a file in the folder that is nearest to it."""
+    there = path.absolute()
+    while not os.path.exists(there):  # Path.exists raises where a folder above may not be read
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there if there != path.absolute() else there.parent):
+            return
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written: {error.strerror or error}.", hint) from None
 
 
 def check_space(path: Path, needed_bytes: int) -> None:

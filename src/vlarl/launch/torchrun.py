@@ -88,7 +88,7 @@ def rank_env(plan: PlacementPlan, run_dir: Path, launcher_pid: int) -> dict[str,
 def sbatch(plan: PlacementPlan, name: str, arguments: tuple[str, ...], port: int = 29400) -> str:
     """A Slurm batch file that starts `vlarl train` once on every node of the plan. arguments: of `vlarl train`, as typed."""
     workers = plan.workers
-    gpus = f"#SBATCH --gpus-per-node={workers.ranks_per_node}\n" if workers.backend == "nccl" else ""
+    gpus = f"#SBATCH --gres=gpu:{workers.ranks_per_node}\n" if workers.backend == "nccl" else ""
     threads = workers.ranks_per_node * max(rank.threads for rank in plan.ranks)
     meet = f' --nnodes {workers.nnodes} --rdzv-endpoint "$head:{port}" --out "$out"' if workers.nnodes > 1 else ' --out "$out"'
     return f"""\
@@ -97,7 +97,9 @@ def sbatch(plan: PlacementPlan, name: str, arguments: tuple[str, ...], port: int
 #SBATCH --nodes={workers.nnodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={threads}
-{gpus}#SBATCH --output=%x-%j.out
+{gpus}#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+# The time is a guess: set what the queue allows, and go on afterwards with `vlarl train --resume`. Add --partition and --account as needed.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 out=runs/{shlex.quote(name)}-$SLURM_JOB_ID  # on a file system that all nodes see

@@ -55,12 +55,16 @@ def grpo_targets(batch: TrajectoryBatch, algorithm: Grpo, horizon: int) -> Targe
     return_E = torch.tensor([r.return_ for r in rows], dtype=torch.float64)
     success_E = torch.tensor([r.success for r in rows], dtype=torch.bool)
     advantage_E, keep_E = group_advantage(return_E, group_E, success_E, algorithm.filter)
-    length_E = torch.tensor([r.length for r in rows])
-    weight_E = length_weight(length_E, horizon) if algorithm.length_norm else torch.ones(len(rows))
-
     finished_TB = batch.episode_TB >= 0
     episode_TB = batch.episode_TB.clamp(min=0)
     keep_TB = finished_TB & batch.valid_TBK.any(-1)
+    # In units of what a ratio is of: a chunk cut short by its episode's end is one chunk like the others.
+    if algorithm.logprob == "chunk":
+        length_E = torch.bincount(episode_TB[keep_TB], minlength=len(rows))
+        horizon = -(-horizon // batch.valid_TBK.shape[-1])
+    else:
+        length_E = torch.tensor([r.length for r in rows])
+    weight_E = length_weight(length_E, horizon) if algorithm.length_norm else torch.ones(len(rows))
     advantage_TB1 = torch.zeros(*keep_TB.shape, 1, dtype=batch.logprob_TBN.dtype)
     weight_TB = torch.zeros(keep_TB.shape)
     if rows:

@@ -1,7 +1,7 @@
 """Owns one update of the policy: epochs of minibatches, gradient accumulation with global denominators, the gates before each step."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,18 @@ class Learner:
         seed: int,
         dump_dir: Path | None = None,
         keep_whole: bool = True,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         """reference: the policy before RL, for the KL term (None without one). dump_dir: where the samples of a refused step are left.
-        keep_whole: weights and gradients stay whole between the forward passes of a step; False: less memory, more traffic."""
+        keep_whole: weights and gradients stay whole between the forward passes of a step; False: less memory, more traffic.
+        beat: called before every forward pass: a healthy update may last longer than a rank may be silent."""
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
         self._world, self._algorithm, self._settings, self._rollout, self._seed = world, algorithm, settings, rollout, seed
         self._refused = 0
         self._dump_dir = dump_dir
         self._keep_whole = keep_whole
+        self._beat = beat
+        self.trains_policy = True  # False while the critic warms up: then gradients of the value head alone reach the optimiser
 
     def update(self, batch: TrajectoryBatch, targets: Targets, update: int) -> dict[str, float]:
         """One update: every kept sample once per epoch, `minibatches` optimiser steps per epoch. Returns metrics, equal on all ranks.
@@ -91,8 +95,11 @@ class Learner:
         sizes = torch.stack([torch.stack([w.double().sum() for w in group]).sum() for group in (weights, value_weights)])
         policy_size, value_size = all_reduce_sum(self._world, sizes).clamp(min=1e-12).unbind()
         for i, (sample, weight_BL) in enumerate(zip(samples, weights, strict=True)):
+            self._beat()
             set_gradient_sync(self.policy.module, enabled=not self._keep_whole or i == len(samples) - 1)
             self._loss(sample, weight_BL, policy_size, value_size, totals, gate).backward()
+        if not self.trains_policy:
+            self._drop_policy_gradients()
         norm = clip_grad_norm(self.policy.module, self._settings.grad_clip)
         if gate:
             self._check_gap(totals)
@@ -143,6 +150,13 @@ class Learner:
         totals.add(stats)
         return loss
 
+    def _drop_policy_gradients(self) -> None:
+        """Before they are clipped or remembered: at a rate of 0 they would still fill Adam's moments, with what an untaught critic says."""
+        for group in self.optimizer.param_groups:
+            if group["name"] != "value":
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     def _dump(self, samples: list[_Sample]) -> None:
         """Leave this rank's samples of a refused step for inspection."""
         if self._dump_dir is not None:
@@ -156,7 +170,7 @@ class Learner:
             raise WorkerError(
                 f"update: rollout and training log-probs differ by {gap:.3g} nats per token on average, "
                 f"more than update.logprob_gap_limit = {self._settings.logprob_gap_limit}.",
-                "Acting and learning must see the same weights, images, temperature and dtype; dropout must be off.",
+                "Acting and learning must see the same weights, images, temperature and dtype.",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 import time
 import uuid
 from pathlib import Path
@@ -40,14 +41,20 @@ class MetricsWriter:
     """Writes one row of scalars per update. Only rank 0 has one.
 
     resume_from: last update whose rows stand; later ones (written by a run that died after its checkpoint) are dropped from
-    metrics.jsonl and hidden in TensorBoard. None: a new record. Raises MachineError when the disk refuses.
+    metrics.jsonl and hidden in TensorBoard. None: a new record. recipe: what is being run, as a nested dict: a text in TensorBoard, the
+    configuration in W&B. Raises MachineError when the disk refuses.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool, wandb: bool, resume_from: int | None) -> None:
+    def __init__(
+        self, run_dir: Path, tensorboard: bool, wandb: bool, resume_from: int | None, recipe: dict[str, Any] | None = None
+    ) -> None:
         self._path = run_dir / METRICS_FILE
         self._file = _open_record(self._path, resume_from)
         self._board = _open_tensorboard(run_dir, resume_from) if tensorboard else None
-        self._wandb = _open_wandb(run_dir) if wandb else None
+        if self._board is not None and recipe is not None:
+            # Indented, Markdown shows it as it is. A run that goes on, perhaps with other settings, adds the recipe of then.
+            self._board.add_text("recipe", textwrap.indent(json.dumps(recipe, indent=2), "    "), resume_from or 0)
+        self._wandb = _open_wandb(run_dir, recipe) if wandb else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Appends {"step", "time" (Unix seconds), name: value, ...} as strict JSON, flushed to the file before it returns."""
@@ -117,7 +124,7 @@ def _open_tensorboard(run_dir: Path, resume_from: int | None) -> Any:
     return SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_step)
 
 
-def _open_wandb(run_dir: Path) -> Any:
+def _open_wandb(run_dir: Path, recipe: dict[str, Any] | None) -> Any:
     """A W&B run that a resumed training continues. WANDB_MODE=offline works: nothing here needs the network."""
     try:
         import wandb
@@ -126,6 +133,10 @@ def _open_wandb(run_dir: Path) -> Any:
     id_file = run_dir / "wandb-id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    run = wandb.init(project="vlarl", name=run_dir.name, id=id_file.read_text(encoding="utf-8"), dir=str(run_dir), resume="allow")
+    group, tags = (None, None) if recipe is None else (recipe["name"], [recipe["algorithm"]["kind"], recipe["env"]["simulator"]])
+    wandb_id = id_file.read_text(encoding="utf-8")
+    run = wandb.init(project="vlarl", name=run_dir.name, id=wandb_id, dir=str(run_dir), resume="allow", group=group, tags=tags)
+    if recipe is not None:
+        run.config.update(recipe, allow_val_change=True)  # a resume may change settings
     run.define_metric("*", step_metric="step")  # W&B's own counter cannot go back on resume; ours can
     return run

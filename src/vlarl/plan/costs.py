@@ -91,19 +91,22 @@ def simulate_rollout(plan: PlacementPlan, profile: Profile) -> Clock:
     stages = [stage_parts(plan.ranks, plan.rollout.stages, s) for s in range(plan.rollout.stages)]
     by_env = [_slots(parts, "env_rank") for parts in stages]
     by_rollout = [_slots(parts, "rollout_rank") for parts in stages]
+    # Per stage and rank, whom it waits for and how long the message is under way: worked out once, for there may be hundreds of ranks.
+    actions = [_sources(parts, profile, "env_rank", "rollout_rank") for parts in stages]
+    pictures = [_sources(parts, profile, "rollout_rank", "env_rank") for parts in stages]
     clock = Clock()
     seen: dict[tuple[int, int], float] = defaultdict(float)  # (stage, env rank) -> when its observations were ready
     chosen: dict[tuple[int, int], float] = {}  # (stage, rollout rank) -> when its actions were
     for t in range(steps + 1):
         frames = _looks(plan, t)
-        for s, parts in enumerate(stages):
+        for s in range(len(stages)):
             if t > 0:
                 for rank, slots in by_env[s].items():
-                    came = max(chosen[s, p.rollout_rank] + _travel(p, profile) for p in parts if p.env_rank == rank)
+                    came = max(chosen[s, source] + seconds for source, seconds in actions[s][rank])
                     seen[s, rank] = clock.work(rank, came, profile.env(slots), clock.env)
             if t < steps or critic:
                 for rank, slots in by_rollout[s].items():
-                    came = max(seen[s, p.env_rank] + _travel(p, profile) for p in parts if p.rollout_rank == rank)
+                    came = max(seen[s, source] + seconds for source, seconds in pictures[s][rank])
                     chosen[s, rank] = clock.work(rank, came, profile.act(frames * slots), clock.act)
     return clock
 
@@ -160,6 +163,16 @@ def _slots(parts: tuple[StagePart, ...], side: Literal["env_rank", "rollout_rank
     for part in parts:
         counts[getattr(part, side)] += part.end - part.start
     return counts
+
+
+def _sources(
+    parts: tuple[StagePart, ...], profile: Profile, to: Literal["env_rank", "rollout_rank"], of: Literal["env_rank", "rollout_rank"]
+) -> dict[int, list[tuple[int, float]]]:
+    """Rank -> (rank that it hears from, seconds of the message) for every part of a stage."""
+    found: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for part in parts:
+        found[getattr(part, to)].append((getattr(part, of), _travel(part, profile)))
+    return found
 
 
 def _travel(part: StagePart, profile: Profile) -> float:

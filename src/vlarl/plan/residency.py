@@ -18,7 +18,6 @@ ADVICE = {
     "activations while": "Lower env.parallel, or use more ranks.",
     "activations of captured": "Lower env.parallel, or policy.engine.batch_sizes, or do without policy.engine.cuda_graphs.",
     "activations of": "Lower update.microbatch, or set update.activation_checkpointing.",
-    "policy gathered": "Use GPUs with more memory: who acts holds the whole policy. More ranks share the rest.",
     "frozen towers' features": "Set update.features to recompute.",
     "rollout buffer": "Lower env.parallel, or what is collected per update.",
     "simulator processes": "Lower env.parallel or eval.parallel; every slot is a simulator of its own.",
@@ -79,15 +78,27 @@ def check(rows: tuple[MemoryRow, ...], capacity: int | None, host: int | None, d
             need = phase_bytes(rows, phase, ranks, where == "host")
             if there is None or need <= there * MARGIN:
                 continue
-            largest = max((r for r in rows if (r.phase, r.ranks, r.where) == (phase, ranks, where)), key=lambda r: r.bytes)
-            shared = "Use more ranks, which share the weights." if lora else "Use more ranks or policy.lora."
-            fixes.append(next((text for start, text in ADVICE.items() if largest.component.startswith(start)), shared))
+            here = [row for row in rows if (row.phase, row.ranks, row.where) == (phase, ranks, where)]
+            largest = max(here, key=lambda row: row.bytes)
+            fixes.append(_advice(here, there, lora))
             problems.append(
                 f"The {phase} phase needs about {need / 2**30:.1f} GiB per rank, {largest.component} most of all "
-                f"({largest.bytes / 2**30:.1f} GiB), and {name} has {there / 2**30:.1f} GiB per rank."
+                f"({largest.bytes / 2**30:.1f} GiB), and {name} has {there / 2**30:.1f} GiB per rank, of which "
+                f"{MARGIN:.0%} are planned for."
             )
     if problems:
         raise PlanError("\n  ".join(problems), " ".join(dict.fromkeys(fixes)))
+
+
+def _advice(rows: list[MemoryRow], there: int, lora: bool) -> str:
+    """Where the rest leaves room, to lower the largest part that a setting changes; else what makes the rest smaller."""
+    adjustable = {row: text for row in rows for start, text in ADVICE.items() if row.component.startswith(start)}
+    rest = [row for row in rows if row not in adjustable]
+    if adjustable and sum(row.bytes for row in rest) <= there * MARGIN:
+        return adjustable[max(adjustable, key=lambda row: row.bytes)]
+    if sum(row.bytes for row in rest if "sharded" not in row.component) > there * MARGIN:
+        return "Use GPUs with more memory: who acts holds the whole policy. More ranks share the rest."
+    return "Use more ranks, which share the weights." if lora else "Use more ranks or policy.lora."
 
 
 def _movable(rows: tuple[MemoryRow, ...], phase: Phase) -> set[Part]:

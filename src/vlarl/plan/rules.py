@@ -15,9 +15,8 @@ def cluster_clashes(recipe: Recipe, cluster: Cluster, ranks: int) -> list[Clash]
     found = []
     if cluster.device == "cuda" and ranks > cluster.nodes * cluster.devices_per_node:
         gpus = cluster.nodes * cluster.devices_per_node
-        found.append(
-            Clash("ranks", f"there are {gpus} GPUs, and a rank needs one of its own. Use at most {gpus}, or device: cpu.", ("device",))
-        )
+        there = "there is 1 GPU" if gpus == 1 else f"there are {gpus} GPUs"
+        found.append(Clash("ranks", f"{there}, and a rank needs one of its own. Use at most {gpus}, or device: cpu.", ("device",)))
     if ranks % cluster.nodes:
         found.append(Clash("ranks", f"does not spread evenly over {cluster.nodes} nodes. Use {multiples_near(ranks, cluster.nodes)}."))
     per_node = -(-ranks // cluster.nodes)
@@ -39,13 +38,17 @@ def slot_clashes(recipe: Recipe, roles: Roles, job: Job) -> list[Clash]:
         if not slots_fit(roles, parallel, stages, group):
             found.append(split_clash(roles, parallel, stages, group))
     elif parallel % ranks:
-        rule = f"{parallel} parallel episodes do not split over {ranks} ranks. Use {multiples_near(parallel, ranks * stages * group)}."
+        rule = (
+            f"{parallel} parallel episodes do not split over {ranks} ranks. Use {multiples_near(parallel, ranks * stages * group)}"
+            f"{_fewer_ranks(recipe, ranks, group)}."
+        )
         found.append(Clash("env.parallel", rule, ("ranks",)))
     elif (parallel // ranks) % stages:
         fits = [s for s in range(1, min(parallel // ranks, 16) + 1) if (parallel // ranks) % (s * group) == 0]
         rule = (
             f"{parallel} parallel envs on {ranks} rank{'s' if ranks > 1 else ''} do not split into {stages} stages. "
-            f"Use {_either(fits)}, or set env.parallel to {multiples_near(parallel, ranks * stages * group)}."
+            f"Use {_either(fits)}, or set env.parallel to {multiples_near(parallel, ranks * stages * group)}"
+            f"{_fewer_ranks(recipe, ranks, group)}."
         )
         found.append(Clash("placement.stages", rule, ("env.parallel", "ranks")))
     elif group > 1 and (parallel // ranks // stages) % group:
@@ -54,7 +57,7 @@ def slot_clashes(recipe: Recipe, roles: Roles, job: Job) -> list[Clash]:
         rule = (
             f"a group stays on one rank and in one stage, and each of {ranks} x {stages} holds {part} of {parallel} parallel episodes. "
             f"Use {_either(fits) if fits else 'fewer ranks or stages'}, "
-            f"or set env.parallel to {multiples_near(parallel, ranks * stages * group)}."
+            f"or set env.parallel to {multiples_near(parallel, ranks * stages * group)}{_fewer_ranks(recipe, ranks, group)}."
         )
         found.append(Clash("algorithm.group_size", rule, ("env.parallel", "ranks")))
     if recipe.eval.parallel and recipe.eval.parallel % len(roles.learner):
@@ -99,12 +102,15 @@ def fit_clashes(recipe: Recipe, policy: PolicySpec, env: EnvSpec, job: Job) -> l
 
 
 def batch_clashes(recipe: Recipe, roles: Roles, samples: int) -> list[Clash]:
-    found, ranks = [], len(roles.learner)
+    found, ranks, fewer = [], len(roles.learner), 0
+    if roles.mode == "collocated":  # more ranks than split the slots are told of by `slot_clashes`; minibatches are not to blame for them
+        group = recipe.algorithm.group_size if isinstance(recipe.algorithm, Grpo) else 1
+        ranks = _fitting_ranks(recipe, ranks, group) or ranks
+        fewer = _fitting_ranks(recipe, samples // recipe.update.minibatches, group)
     limit = max(1, samples // ranks)
     if recipe.update.minibatches > limit:
-        rule = (
-            f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}."
-        )
+        rule = f"an update has {samples} samples on {ranks} ranks, so some minibatches would be empty. Use at most {limit}"
+        rule += f", or fewer ranks: at most {fewer}." if fewer else "."
         found.append(Clash("update.minibatches", rule, ("env.parallel",)))
     everyone = len({*roles.env, *roles.rollout, *roles.learner})
     for phase in recipe.warmstart:
@@ -112,6 +118,18 @@ def batch_clashes(recipe: Recipe, roles: Roles, samples: int) -> list[Clash]:
             rule = f"a phase's batch of {phase.batch} does not split over {everyone} ranks. Use {multiples_near(phase.batch, everyone)}."
             found.append(Clash("warmstart", rule, ("ranks",)))
     return found
+
+
+def _fitting_ranks(recipe: Recipe, ranks: int, group: int) -> int:
+    """The most ranks, up to so many, over which slots, stages and groups split; 0 where none will do."""
+    unit = recipe.placement.stages * group
+    return max((r for r in range(1, ranks + 1) if recipe.env.parallel % (r * unit) == 0), default=0)
+
+
+def _fewer_ranks(recipe: Recipe, ranks: int, group: int) -> str:
+    """The way out for whoever asked for too many."""
+    fitting = _fitting_ranks(recipe, ranks, group)
+    return f", or fewer ranks: at most {fitting}" if fitting else ""
 
 
 def _views(count: int) -> str:

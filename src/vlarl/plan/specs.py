@@ -30,7 +30,7 @@ def simulator_spec(env: Env) -> EnvSpec:
 def policy_spec(recipe: Recipe) -> PolicySpec:
     """What the recipe's policy expects and emits, from its JSON files. Raises CheckpointError where its folder is missing or damaged."""
     policy = recipe.policy
-    return read_policy_spec(policy.checkpoint, policy.unnorm_key, stated_settings(policy))
+    return read_policy_spec(policy.checkpoint, policy.unnorm_key, stated_settings(policy), policy.value)
 
 
 def check_weights(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Owns VLAPolicy, what rollout and learner call, and the table of policy families.
+"""Owns VLAPolicy, what rollout and learner call, and PolicyModule, what a family builds (families.py).
 
 Legend: B batch, K actions per chunk, A numbers per action, N = K*A tokens, M bins, J values, L prompt tokens, P patches, F features.
 """
@@ -21,12 +21,6 @@ from vlarl.policies.sampling import Draw, entropy, log_distribution, token_logpr
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.tokenizer import Prompt, PromptTable
 from vlarl.types import ActionChunk, Observation
-
-# Factories (config, value outputs) -> PolicyModule.
-POLICIES = {
-    "openvla": "vlarl.policies.openvla:build_openvla",
-    "openvla-oft": "vlarl.policies.openvla_oft:build_openvla_oft",
-}
 
 # Given the logits of the next tokens (B, n, M), their bins (B, n): how a module that decodes step by step learns what was chosen.
 Choose = Callable[[Tensor], Tensor]
@@ -80,7 +74,7 @@ class VLAPolicy:
     folder: where the tokenizer and processor files lie. lora_scale: alpha / rank of its adapters (1: none).
     statistics: what replaces its folder's dataset_statistics.json (None: nothing).
     adapter_base: folder or bundled name whose stored weights its adapters change; empty where they lie nowhere as they were loaded.
-    engine: how `act` runs its forward pass; plain unless replaced (`equip` in probe.py).
+    engine: how `act` runs its forward pass; plain unless replaced (`equip` in probe.py). notices: lines about what was loaded, for the log.
     """
 
     def __init__(
@@ -107,6 +101,7 @@ class VLAPolicy:
         self.keep_features = False
         self.engine = Engine()
         self.statistics: dict[str, Any] | None = None
+        self.notices: tuple[str, ...] = ()
         self._prompts = prompts
 
     def adopt_statistics(self, key: str, entry: dict[str, Any]) -> None:
@@ -157,7 +152,7 @@ class VLAPolicy:
         if self.config.head == "l1":
             logprob_BN = -(logits_BNM.flatten(1) - self.codec.values_M[token_BN]).abs() - math.log(2)
             return Scores(logprob_BN.to(value_BJ.dtype), torch.full_like(value_BJ[:, :1], 1 + math.log(2)).expand_as(token_BN), value_BJ)
-        logp_BNM = log_distribution(logits_BNM, temperature, top_k)
+        logp_BNM = log_distribution(logits_BNM, temperature, top_k, token_BN)
         return Scores(token_logprob(logp_BNM, token_BN), entropy(logp_BNM), value_BJ)
 
     def logits(self, obs: Observation, token_BN: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ import errno
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,19 +20,23 @@ from torch import Tensor
 from vlarl.errors import CheckpointError
 from vlarl.policies.actions import build_codec
 from vlarl.policies.adapter import check_continued, stored_weights
-from vlarl.policies.base import POLICIES, PolicyModule, VLAPolicy
+from vlarl.policies.base import PolicyModule, VLAPolicy
+from vlarl.policies.families import family
 from vlarl.policies.layout import (
     EXTRAS,
     OpenVLAConfig,
     choose_unnorm_key,
+    is_ours,
     read_config,
     read_statistics,
     resolve_folder,
     spec_from,
+    value_count,
 )
 from vlarl.policies.lora import adapter_state, freeze_parts, inject_lora, merged
 from vlarl.policies.openvla import ValueHead
 from vlarl.policies.tokenizer import PromptTable, load_tokenizer
+from vlarl.policies.value_heads import Wanted, settle_head
 from vlarl.policies.vision import VisionTower
 from vlarl.policies.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD, VALUE_HEAD_FILE, WEIGHTS
 from vlarl.policies.weights import WHOLE, Place, check_fit, fill, materialize, side_tensors
@@ -46,10 +52,8 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "configuration_prismatic.py",  # never run here; other evaluators look for them
-    "modeling_prismatic.py",
-    "processing_prismatic.py",
 )
+TRAINED = "training_logits.safetensors"
 
 
 def load_policy(
@@ -69,7 +73,8 @@ def load_policy(
 ) -> VLAPolicy:
     """A policy ready to act: a folder, `bundled:NAME`, or `scratch:NAME` (random weights drawn from `seed`, the same for every dtype).
 
-    value: one value per chunk or per action; None: as stored, else per chunk. A folder without value head gets a fresh one.
+    value: one value per chunk or per action; None: as stored, else per chunk. A folder without value head gets a fresh one, as does one
+    with somebody else's that does not fit; `notices` of the policy say so.
     adapter: folder of a PEFT adapter (or that of `source`, where it is an adapter by itself), merged into the weights, or kept `apart` as
     it was trained; `lora` may ask to train it on. place: how the module is spread over ranks; each reads its own rows only.
     stated: what its files do not say, see `read_config`. trainable: False freezes everything, before it is spread.
@@ -82,10 +87,10 @@ def load_policy(
     key = choose_unnorm_key(statistics, unnorm_key, str(folder))
     prompts = PromptTable(load_tokenizer(folder), config.bos_id, config.pad_id, config.blank_id, device)
     codec = build_codec(statistics, key, config.normalization, config.epsilon, config.action_dim, device)
-    outputs = {"chunk": 1, "action": config.chunk, None: config.value_outputs or 1}[value]
+    outputs = value_count(config, value)
     if scratch and adapter is not None:
         raise CheckpointError(f"policy.adapter = {adapter}: {source} has random weights.", "Name the adapter's base in policy.checkpoint.")
-    base = ""
+    base, notice = "", ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if scratch:
@@ -102,14 +107,16 @@ def load_policy(
                 apart = True
             if apart and found is not None:
                 # PEFT's alpha may be a fraction, and its scale alpha / sqrt(rank).
-                dropout, layers = lora.dropout if lora is not None else 0.0, tuple(found.layers)
-                lora = Lora(rank=found.rank, alpha=found.scale * found.rank, dropout=dropout)  # type: ignore[arg-type]
+                layers = tuple(found.layers)
+                lora = Lora(rank=found.rank, alpha=found.scale * found.rank)  # type: ignore[arg-type]
             if apart or found is None:
                 named = source if model_folder == folder or found is None else found.base
                 base = named if named.startswith("bundled:") else str(model_folder.absolute())
             module = empty_module(config, outputs, dtype)
-            stored |= side_tensors(model_folder, module)
+            stored = side_tensors(model_folder, module) | stored  # a part in the weights was trained since its side file was written
             expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            wanted = Wanted(expected, config.value_outputs if is_ours(config.raw) else None, value is not None)
+            stored, notice = settle_head(stored, wanted)
             check_fit(folder, stored, found, expected)
             lacking = not any(name.startswith(VALUE_HEAD) for name in stored)
             head = ValueHead(expected[f"{VALUE_HEAD}mlp.0.weight"][1], outputs) if lacking else None
@@ -118,14 +125,14 @@ def load_policy(
             materialize(module, device)
             fill(module, stored, found, apart, head, place)
     scale = lora.scale if lora is not None else 1.0
-    return VLAPolicy(module.eval(), config, spec_from(config, key), prompts, codec, device, folder, scale, base)
+    policy = VLAPolicy(module.eval(), config, spec_from(config, key, outputs), prompts, codec, device, folder, scale, base)
+    policy.notices = (notice,) if notice else ()
+    return policy
 
 
 def build_module(config: OpenVLAConfig, value_outputs: int) -> PolicyModule:
-    """The family's module, from the table in base.py."""
-    if config.kind not in POLICIES:
-        raise CheckpointError(f"config.json: policy kind {config.kind!r} is not known.", f"Known: {', '.join(POLICIES)}.")
-    name, attribute = POLICIES[config.kind].split(":")
+    """The family's module, from the table in families.py."""
+    name, attribute = family(config.kind, "config.json").factory.split(":")
     module: PolicyModule = getattr(import_module(name), attribute)(config, value_outputs)
     return module
 
@@ -165,14 +172,30 @@ def cast_parameters(module: PolicyModule, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def save_policy(folder: Path, policy: VLAPolicy, state: dict[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class Live:
+    """What a policy in training said of the probe batch (`probe_logits`, CPU), and the dtype in which it computed that."""
+
+    logits: Tensor
+    compute_dtype: torch.dtype
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a policy folder that go along with its weights. Its code is never run here; other evaluators look for it."""
+    return [path for path in (*(folder / name for name in COMPANIONS), *sorted(folder.glob("*.py"))) if path.is_file()]
+
+
+def save_policy(folder: Path, policy: VLAPolicy, state: dict[str, Tensor], live: Live | None = None) -> None:
     """Write a policy folder: config.json, weights and the base policy's tokenizer and processor files.
 
     state: whole tensors of `policy.module`, those of `saved_names` at least. Adapters are stored alone, in PEFT's layout, which names their
     base, with the value head beside them; where the base is stored nowhere (random weights, or an adapter merged into it), everything is,
-    with the adapters merged.
+    with the adapters merged. live: kept in the folder, so that an export is compared with the policy before it was gathered and written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if live is not None:
+        facts = {"compute_dtype": str(live.compute_dtype).removeprefix("torch."), "unnorm_key": policy.spec.unnorm_key}
+        _save_tensors(folder / TRAINED, {"logits": live.logits.float().contiguous()}, facts)
     if _stored_alone(policy):
         _save_adapters(folder, policy, state)
         return
@@ -207,9 +230,8 @@ def _write_settings(folder: Path, policy: VLAPolicy, state: dict[str, Tensor], c
     outputs = state[f"{VALUE_HEAD}mlp.4.weight"].shape[0]
     extras = {name: getattr(policy.config, name) for name in EXTRAS} | {"value_outputs": outputs}
     write_json(folder / "config.json", policy.config.raw | changed | {"vlarl": extras})
-    for name in COMPANIONS:
-        if (policy.folder / name).is_file():
-            shutil.copyfile(policy.folder / name, folder / name)
+    for path in companions(policy.folder):
+        shutil.copyfile(path, folder / path.name)
     if policy.statistics is not None:
         write_json(folder / STATISTICS, policy.statistics)
 
@@ -219,12 +241,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, readable by whom the umask allows."""
+def _save_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A safetensors file, readable by whom the umask allows. facts: kept in its header."""
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **facts})
     except SafetensorError as error:  # it wraps the system's errors; callers look for a full disk
         raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error), str(path)) from error
     path.chmod(mode)

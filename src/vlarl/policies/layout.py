@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vlarl.errors import CheckpointError
+from vlarl.policies.families import family, usual_settings
 from vlarl.policies.published import OPENVLA_7B, PUBLISHED, download_hint
 from vlarl.policies.spec import PolicySpec
-from vlarl.policies.towers import tower_shape
+from vlarl.policies.towers import TowerShape, tower_shape
+from vlarl.policies.value_heads import stored_outputs
 from vlarl.policies.weight_files import INDEX, WEIGHTS, read_weights
 
 if TYPE_CHECKING:
@@ -21,16 +23,17 @@ Normalization = Literal["quantiles", "bounds"]
 Resize = Literal["pil", "tensor", "lanczos"]
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 PROMPT_TOKENS = 24  # of a usual prompt with Llama's tokenizer, for estimates only
-LLAMA_BLANK = 29871  # the lone "▁" of Llama's vocabulary
 # LlamaConfig's own defaults: published config.json files name four fields only.
 LLAMA_DEFAULTS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 NEEDED = ("timm_model_ids", "image_sizes", "image_resize_strategy", "text_config", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
 EXTRAS = (
     *("kind", "chunk", "action_dim", "views", "proprio_dim", "stop_token", "normalization", "epsilon", "blank_id", "value_outputs"),
-    *("resize", "crop", "head"),
+    *("resize", "crop", "head", "towers"),
 )
-FORMER = {"resize": "pil", "crop": False, "head": "tokens"}  # what folders mean that were written before these settings existed
-STATED = ("chunk", "views", "stop_token", "normalization", "resize", "crop")  # a recipe's `policy` may state these; null: as the files say
+# What folders mean that were written before these settings existed.
+FORMER: dict[str, Any] = {"resize": "pil", "crop": False, "head": "tokens", "towers": {}}
+# A recipe's `policy` may state these; null: as the files say.
+STATED = ("chunk", "views", "proprio", "stop_token", "normalization", "resize", "crop")
 SIDE_FILE = "{}--*_checkpoint.pt"
 REFUSED = {"noisy_action_projector": "a diffusion head", "vision_backbone": "FiLM-conditioned towers"}
 
@@ -43,7 +46,7 @@ class OpenVLAConfig:
     proprio_dim: as in PolicySpec. stop_token: whether the sequence ends with the stop token. normalization: actions scaled by q01/q99
     or min/max; epsilon: whether un-normalising adds 1e-8 to the range. blank_id: token that ends every prompt. value_outputs: of the
     stored value head, 0 where there is none. resize, crop: of frames, see pixels.py. head: tokens, or l1 (regression, from a side file).
-    raw: the file as it is, for saving.
+    towers: shapes of towers that are not in the table of towers.py, by id, as in the file. raw: the file as it is, for saving.
     """
 
     kind: str
@@ -67,7 +70,13 @@ class OpenVLAConfig:
     resize: Resize
     crop: bool
     head: Literal["tokens", "l1"]
+    towers: dict[str, Any]
     raw: dict[str, Any]
+
+    @property
+    def shapes(self) -> tuple[TowerShape, ...]:
+        """Of the towers."""
+        return tuple(tower_shape(name, self.towers) for name in self.tower_ids)
 
     @property
     def resize_strategy(self) -> ResizeStrategy:
@@ -85,16 +94,16 @@ class OpenVLAConfig:
     @property
     def patches(self) -> int:
         """Of all views."""
-        return tower_shape(self.tower_ids[0]).patches(self.image_sizes[0]) * self.views
+        return self.shapes[0].patches(self.image_sizes[0]) * self.views
 
     @property
     def vision_width(self) -> int:
         """Features of one patch."""
-        return sum(tower_shape(name).width for name in self.tower_ids)
+        return sum(shape.width for shape in self.shapes)
 
     @property
     def vision_parameters(self) -> int:
-        return sum(tower_shape(name).parameters(size) for name, size in zip(self.tower_ids, self.image_sizes, strict=True))
+        return sum(shape.parameters(size) for shape, size in zip(self.shapes, self.image_sizes, strict=True))
 
     @property
     def projector_parameters(self) -> int:
@@ -135,8 +144,10 @@ def resolve_folder(source: str) -> tuple[Path, bool]:
             assets = Path(str(resources.files("vlarl"))) / "assets"
             folder = assets / source.removeprefix(prefix)
             if not (folder / "config.json").is_file():
-                known = sorted(p.parent.name for p in assets.glob("*/config.json"))
-                raise CheckpointError(f"{source}: no such policy is shipped.", f"Shipped: {', '.join(known)}.")
+                shipped = sorted(p.parent for p in assets.glob("*/config.json"))
+                trained = [f"bundled:{p.name}" for p in shipped if (p / "model.safetensors").is_file()]
+                known = ", ".join([*trained, *(f"scratch:{p.name}" for p in shipped)])
+                raise CheckpointError(f"{source}: no such policy is shipped.", f"Shipped: {known} (scratch: random weights).")
             return folder, prefix == "scratch:"
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -208,10 +219,14 @@ def read_config(folder: Path, stated: Mapping[str, Any] | None = None) -> OpenVL
         found = next(folder.glob(SIDE_FILE.format(name)), None)
         if found is not None:
             raise refusal(found, what)
-    own = "vlarl" in raw
     stated = dict(stated or {})
-    extras = FORMER | raw["vlarl"] if own else _published_extras(folder, raw, stated.get("kind"))
-    return _build(raw, extras, stated, str(path))
+    usual = FORMER if is_ours(raw) else _published_extras(folder, raw, stated)
+    return _build(raw, usual | raw.get("vlarl", {}), stated, str(path))
+
+
+def is_ours(raw: dict[str, Any]) -> bool:
+    """Whether config.json was written here; one of others may describe its towers under the same key, and nothing else."""
+    return "vlarl" in raw and set(raw["vlarl"]) != {"towers"}
 
 
 def refusal(path: Path, what: str) -> CheckpointError:
@@ -224,12 +239,20 @@ def _build(raw: dict[str, Any], extras: dict[str, Any], stated: Mapping[str, Any
     wrong = sorted(set(EXTRAS) ^ set(extras))
     if wrong:
         raise CheckpointError(f'{where}: "vlarl" must hold exactly {", ".join(EXTRAS)}; differs in {", ".join(wrong)}.')
-    extras = extras | {name: value for name, value in stated.items() if name != "kind"}
-    if extras["kind"] == "openvla" and extras["chunk"] != 1:
-        raise CheckpointError(f"{where}: OpenVLA decodes one action at a time, not {extras['chunk']}.", "Set policy.chunk to 1.")
+    if not isinstance(extras["towers"], dict):
+        raise CheckpointError(f'{where}: "towers" under "vlarl" is {extras["towers"]!r}, expected an object of shapes by id.')
+    extras = extras | {name: value for name, value in stated.items() if name not in ("kind", "proprio")}
+    if stated.get("proprio") is False:
+        extras["proprio_dim"] = 0
+    elif stated.get("proprio") and not extras["proprio_dim"]:
+        message = f"{where}: policy.proprio = true, and the checkpoint holds nothing that reads a state."
+        raise CheckpointError(message, "Leave policy.proprio out, or choose a checkpoint with a proprio_projector.")
+    if family(extras["kind"], where).one_action and extras["chunk"] != 1:
+        message = f"{where}: a policy of kind {extras['kind']} decodes one action at a time, not {extras['chunk']}."
+        raise CheckpointError(message, "Set policy.chunk to 1.")
     text = dict(raw["text_config"])
     text["vocab_size"] = {**LLAMA_DEFAULTS, **text}["vocab_size"]
-    return OpenVLAConfig(
+    config = OpenVLAConfig(
         tower_ids=tuple(raw["timm_model_ids"]),
         image_sizes=tuple(raw["image_sizes"]),
         text=text,
@@ -241,10 +264,21 @@ def _build(raw: dict[str, Any], extras: dict[str, Any], stated: Mapping[str, Any
         raw=raw,
         **extras,
     )
+    patches = {shape.patches(size) for shape, size in zip(config.shapes, config.image_sizes, strict=True)}
+    if len(patches) != 1:
+        raise CheckpointError(f"{where}: its towers make {' and '.join(map(str, sorted(patches)))} patches of a frame, expected as many.")
+    return config
 
 
-def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    """The authors' usual settings: of OpenVLA, or of OpenVLA-OFT on LIBERO (chunk of 8, stop token). The statistics give lengths.
+def value_count(config: OpenVLAConfig, value: Literal["chunk", "action"] | None) -> int:
+    """Outputs of a policy's value head. value: the recipe's; None: as stored, where that fits the chunk, else one per chunk."""
+    if value is None:
+        return config.value_outputs if config.value_outputs in (1, config.chunk) else 1
+    return config.chunk if value == "action" else 1
+
+
+def _published_extras(folder: Path, raw: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' usual settings: of OpenVLA, or of OpenVLA-OFT (chunk of 8, stop token). The statistics give lengths.
 
     Both families have the same config and weights. OFT alone has side files; only what was never fine-tuned lacks statistics of its own.
     """
@@ -252,8 +286,7 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
     regression = any(folder.glob(SIDE_FILE.format("action_head")))
     stored = read_weights(folder) if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() else {}
     proprio = any(folder.glob(SIDE_FILE.format("proprio_projector"))) or "proprio_projector.fc1.weight" in stored
-    if proprio and "proprio" not in entry:
-        raise CheckpointError(f"{folder}: it reads a state, and its statistics hold none.", "Copy its dataset_statistics.json beside it.")
+    kind: str | None = stated.get("kind")
     if kind is None and (regression or proprio):
         kind = "openvla-oft"
     elif kind is None and not (folder / "dataset_statistics.json").is_file():
@@ -261,32 +294,26 @@ def _published_extras(folder: Path, raw: dict[str, Any], kind: str | None) -> di
     elif kind is None:
         message = f"{folder}: its files do not tell whether it was trained as OpenVLA or as OpenVLA-OFT."
         raise CheckpointError(message, "Set policy.kind to openvla or openvla-oft (vlarl eval: --policy kind=openvla-oft).")
+    proprio = proprio and stated.get("proprio") is not False
+    if proprio and "proprio" not in entry:
+        message = f"{folder}: it reads a state (proprio_projector), and its statistics do not say how one is scaled: they hold no proprio."
+        hint = "Copy the dataset_statistics.json that it was trained with beside it, or set policy.proprio to false to do without the state"
+        raise CheckpointError(message, f"{hint} (vlarl eval: --policy proprio=false).")
     length = len(entry["action"]["q01"])
-    return _usual(kind, length, len(entry["proprio"]["q01"]) if proprio else 0, "l1" if regression else "tokens")
+    usual = usual_settings(kind, length, len(entry["proprio"]["q01"]) if proprio else 0, "l1" if regression else "tokens", str(folder))
+    return usual | {"value_outputs": stored_outputs(stored)}
 
 
-def _usual(kind: str, action_dim: int, proprio_dim: int, head: str) -> dict[str, Any]:
-    """The settings that are not in published files, as each family's authors have them."""
-    oft = kind == "openvla-oft"
-    return {
-        "kind": kind,
-        "chunk": 8 if oft else 1,
-        "action_dim": action_dim,
-        "views": 1,
-        "proprio_dim": proprio_dim,
-        "stop_token": oft,
-        "normalization": "quantiles",
-        "epsilon": oft,
-        "blank_id": LLAMA_BLANK,
-        "value_outputs": 0,
-        "resize": "pil",
-        "crop": False,
-        "head": head,
-    }
+def switches(config: OpenVLAConfig) -> str:
+    """One line: what a policy is run with that its files may not say. A wrong crop, say, gives worse actions and no other sign."""
+    frames = f"{config.resize} resize, {'centre crop' if config.crop else 'no crop'}, {config.views} view{'s' * (config.views > 1)}"
+    stop = f"{'a' if config.stop_token else 'no'} stop token"
+    state = f"a state of {config.proprio_dim}" if config.proprio_dim else "no state"
+    return f"policy runs with {frames}, {stop}, {config.normalization} normalisation, {state}"
 
 
-def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
-    """The planner's view of a policy."""
+def spec_from(config: OpenVLAConfig, unnorm_key: str, values: int = 1) -> PolicySpec:
+    """The planner's view of a policy. values: outputs of its value head, see `value_count`."""
     text = {**LLAMA_DEFAULTS, **config.text}
     return PolicySpec(
         kind=config.kind,
@@ -301,23 +328,29 @@ def spec_from(config: OpenVLAConfig, unnorm_key: str) -> PolicySpec:
         layers=text["num_hidden_layers"],
         sequence_length=config.sequence_length,
         head=config.head,
-        kv_cache=config.kind == "openvla",
+        kv_cache=family(config.kind, "config.json").kv_cache,
         vision_parameters=config.vision_parameters,
         projector_parameters=config.projector_parameters,
         patches=config.patches,
         vision_width=config.vision_width,
+        values=values,
     )
 
 
-def read_policy_spec(source: str, unnorm_key: str | None = None, stated: Mapping[str, Any] | None = None) -> PolicySpec:
+def read_policy_spec(
+    source: str,
+    unnorm_key: str | None = None,
+    stated: Mapping[str, Any] | None = None,
+    value: Literal["chunk", "action"] | None = None,
+) -> PolicySpec:
     """PolicySpec of a folder, `bundled:NAME` or `scratch:NAME`, from its JSON files alone. CheckpointError as in `load_policy`.
 
-    A published checkpoint that is not on this machine is known by its Hub id.
+    value: the recipe's, see `value_count`. A published checkpoint that is not on this machine is known by its Hub id.
     """
     if source in PUBLISHED and not Path(source).is_dir():
         known = PUBLISHED[source]
-        config = _build(OPENVLA_7B, _usual(known.kind, known.action_dim, known.proprio_dim, "tokens"), stated or {}, source)
-        return spec_from(config, choose_unnorm_key({known.unnorm_key: {}}, unnorm_key, source))
+        config = _build(OPENVLA_7B, usual_settings(known.kind, known.action_dim, known.proprio_dim, "tokens", source), stated or {}, source)
+        return spec_from(config, choose_unnorm_key({known.unnorm_key: {}}, unnorm_key, source), value_count(config, value))
     folder, _ = resolve_folder(source)
     config = read_config(folder, stated)
-    return spec_from(config, choose_unnorm_key(read_statistics(folder, config.raw), unnorm_key, str(folder)))
+    return spec_from(config, choose_unnorm_key(read_statistics(folder, config.raw), unnorm_key, str(folder)), value_count(config, value))

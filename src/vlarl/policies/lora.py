@@ -34,7 +34,7 @@ def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str], layers: Se
     chosen = list(layers) or _targets(module, lora, freeze)
     resting = [name for name in chosen if not module.get_submodule(name).weight.requires_grad]
     alpha = lora.rank * lora.scale
-    config = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=chosen, init_lora_weights="gaussian")  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=chosen, init_lora_weights="gaussian")  # type: ignore[arg-type]
     empty = next(module.parameters()).is_meta
     inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=empty)  # adapters are as empty as the module is
     for layer in module.modules():
@@ -47,6 +47,7 @@ def inject_lora(module: nn.Module, lora: Lora, freeze: Sequence[str], layers: Se
 
 class AddedLinear(lora_layers.Linear):
     """peft's linear layer with one adapter, always on: W x + scale * B A x, of which the second product is added as it is made.
+    No dropout: acting and learning have to see the same weights.
 
     peft reads and writes the whole output twice more, forward and backward: to scale it, and to add it.
     """
@@ -56,7 +57,7 @@ class AddedLinear(lora_layers.Linear):
         flat = x.flatten(0, -2)  # of a result that is no view, so that autograd need not copy where it is changed in place
         result = self.base_layer(flat)
         down, up = (cast(nn.Linear, part[ADAPTER]) for part in (self.lora_A, self.lora_B))
-        small = down(self.lora_dropout[ADAPTER](flat.to(down.weight.dtype)))
+        small = down(flat.to(down.weight.dtype))
         result.addmm_(small.to(result.dtype), up.weight.to(result.dtype).t(), alpha=self.scaling[ADAPTER])
         return result.unflatten(0, x.shape[:-1])
 

@@ -18,7 +18,6 @@ from vlarl.errors import CheckpointError
 from vlarl.policies.base import Choose, PolicyModule
 from vlarl.policies.layout import OpenVLAConfig
 from vlarl.policies.pixels import fit_frames
-from vlarl.policies.towers import tower_shape
 from vlarl.policies.vision import VisionBackbone
 
 VALUE_WIDTHS = (512, 128)
@@ -88,7 +87,7 @@ class OpenVLA(PolicyModule):
 
     def __init__(self, config: OpenVLAConfig, value_outputs: int, decode: Decode) -> None:
         super().__init__()
-        shapes = tuple(tower_shape(name) for name in config.tower_ids)
+        shapes = config.shapes
         self.config = config
         self.num_tokens = config.chunk * config.action_dim
         self.vision_backbone = VisionBackbone(shapes, config.image_sizes)

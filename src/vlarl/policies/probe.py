@@ -71,24 +71,30 @@ def probe_logits(policy: VLAPolicy) -> Tensor:
 
 
 def equip(
-    policy: VLAPolicy, settings: EngineSettings, slots: int, compute_dtype: torch.dtype, before_capture: Callable[[], None] = lambda: None
+    policy: VLAPolicy,
+    settings: EngineSettings,
+    slots: int,
+    compute_dtype: torch.dtype,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    before_capture: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Let `policy.act` run as `settings` say, as far as its log-probs are right on this machine; one line for what is left out.
 
     With gathered weights (inside `acting`). slots: rows of a usual batch. before_capture: see `Graphs`. Every batch size is tried, twice
-    (CUDA graphs are captured, then replayed), on the probe batch; what acting says of its tokens is compared with what the plain pass of
-    learning says of them.
+    (CUDA graphs are captured, then replayed), on the probe batch, sampled as the recipe says; what acting says of its tokens is compared
+    with what the plain pass of learning says of them.
     """
     wanted = [name for name in ("compile", "cuda_graphs") if getattr(settings, name)]
     sizes = settings.batch_sizes if settings.batch_sizes is not None else padded_sizes(slots) if wanted else ()
     policy.engine = Engine(sizes)
-    limit = 2 * action_gap(policy) + SLACK[compute_dtype]
+    limit = 2 * action_gap(policy, temperature, top_k) + SLACK[compute_dtype]
     left_out = []
     for name in wanted:
         plain, problem = policy.engine, ""
         try:
             policy.engine = _with(policy, name, before_capture)
-            gap = action_gap(policy)
+            gap = action_gap(policy, temperature, top_k)
             if not gap <= limit:
                 problem = f"its log-probs differ by {gap:.2g} nats per token, {limit:.2g} could be rounding"
         except Exception as error:  # compilers and drivers raise what they like; none of it is a reason to stop
@@ -110,7 +116,7 @@ def _with(policy: VLAPolicy, name: str, before_capture: Callable[[], None]) -> E
 
 
 @torch.no_grad()
-def action_gap(policy: VLAPolicy) -> float:
+def action_gap(policy: VLAPolicy, temperature: float = 1.0, top_k: int = 0) -> float:
     """Mean difference (nats per token) of what `act` and `evaluate` say of the tokens that `act` chose, the most of any batch size that
     the engine pads to; of an L1 head, of its actions (environment units). A gap that is no number is infinite."""
     three = probe_batch(policy)
@@ -121,11 +127,11 @@ def action_gap(policy: VLAPolicy) -> float:
         for turn in (0, 1):
             # Keyed by row and turn; any numbers in [0, 1) will do.
             noise_BN = (probe_tokens(policy, size) * 0.618 + 0.37 * turn).double() % 1
-            chunk = policy.act(obs, noise_BN, 1.0, 0)
+            chunk = policy.act(obs, noise_BN, temperature, top_k)
             if policy.config.head == "l1":
                 difference = chunk.action_BKA - policy.codec.unnormalize(policy.logits(obs, chunk.token_BN))
             else:
-                difference = chunk.logprob_BN - policy.evaluate(obs, chunk.token_BN, 1.0, 0).logprob_BN
+                difference = chunk.logprob_BN - policy.evaluate(obs, chunk.token_BN, temperature, top_k).logprob_BN
             gap = float(difference.abs().double().mean())
             worst = max(worst, gap if gap == gap else float("inf"))
     return worst

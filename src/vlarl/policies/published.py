@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # What config.json of openvla/openvla-7b says about its shape; everything listed below was fine-tuned from it and has the same 982 tensors.
@@ -43,7 +45,20 @@ PUBLISHED = {
 
 
 def download_hint(name: str, otherwise: str) -> str:
-    """`otherwise`, and how to get a policy or an adapter that is not on this machine where its name may be a Hub id."""
+    """`otherwise`, and how to get a policy or an adapter that is not on this machine where its name may be a Hub id; where it rather is a
+    folder's, mistyped, what there is of nearly that name."""
+    parent = Path(name).expanduser().parent
+    if name.startswith((".", "/", "~", "runs/")) or ("/" in name and parent.is_dir()):
+        return f"{otherwise} {_near(Path(name).expanduser())}"
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
         return otherwise
     return f"{otherwise} From the Hub: `hf download {name} --local-dir {name}`."
+
+
+def _near(path: Path) -> str:
+    """Folders beside `path` with names like its own, or what of the path is missing already."""
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either."
+    beside = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    close = get_close_matches(path.name, beside, n=3, cutoff=0.5) or beside[:5]
+    return f"In {path.parent} there is: {', '.join(close)}." if close else f"{path.parent} holds no folders."

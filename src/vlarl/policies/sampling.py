@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 
-def log_distribution(logits_BNM: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Normalised log-probabilities, in the logits' dtype (float32 or float64). top_k 0: off; excluded bins are -inf."""
+def log_distribution(logits_BNM: Tensor, temperature: float, top_k: int, token_BN: Tensor | None = None) -> Tensor:
+    """Normalised log-probabilities, in the logits' dtype (float32 or float64). top_k 0: off; excluded bins are -inf.
+
+    token_BN: bins to be scored. One that is not among the k likeliest takes the last one's place: weights that have changed since it was
+    sampled, or rounding, may rank it lower, but what happened is never impossible.
+    """
     logits = logits_BNM / temperature if temperature != 1 else logits_BNM
     if 0 < top_k < logits.shape[-1]:
         # Exactly k bins, ties included: the lower bins win, as argmax has it.
         kept = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        if token_BN is not None:
+            among = (kept == token_BN[..., None]).any(-1)
+            kept = torch.cat([kept[..., :-1], torch.where(among, kept[..., -1], token_BN)[..., None]], dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     return logits.log_softmax(-1)
 

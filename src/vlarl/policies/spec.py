@@ -15,6 +15,7 @@ class PolicySpec:
     kv_cache: it decodes token after token and keeps keys and values of all layers meanwhile.
     parameters, hidden_size, layers, sequence_length: for the memory and time estimates. vision_parameters, projector_parameters: of these,
     the towers' and the projector's. patches, vision_width: numbers of patches (of all views) and of features of each.
+    values: outputs of the value head.
     """
 
     kind: str
@@ -34,3 +35,4 @@ class PolicySpec:
     projector_parameters: int = 0
     patches: int = 0
     vision_width: int = 0
+    values: int = 1

@@ -1,7 +1,10 @@
-"""Owns the shapes of the vision towers: one literal table keyed by timm id. Stdlib only (the planner reads it too)."""
+"""Owns the shapes of the vision towers: one literal table keyed by timm id, which a checkpoint's config.json may extend. Stdlib only."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from vlarl.errors import CheckpointError
 
@@ -80,9 +83,48 @@ TOWERS: dict[str, TowerShape] = {
 }
 
 
-def tower_shape(timm_id: str) -> TowerShape:
-    """The table's row. CheckpointError names the known ids."""
+COUNTS = {"patch": 1, "width": 1, "depth": 2, "heads": 1, "mlp": 1, "registers": 0}  # whole numbers, and the least that make a tower
+SWITCHES = ("class_token", "layer_scale", "attention_pool", "dead_weights")
+COLOURS = ("mean", "std")
+
+
+def tower_shape(timm_id: str, own: Mapping[str, Any] | None = None) -> TowerShape:
+    """own: shapes that a checkpoint's config.json describes, by id; they come before the table's. CheckpointError names the known ids."""
+    if own and timm_id in own:
+        return _read_shape(timm_id, own[timm_id])
     if timm_id not in TOWERS:
         message = f"config.json: timm_model_ids names the vision tower {timm_id!r}, which is not known."
-        raise CheckpointError(message, f"Known: {', '.join(TOWERS)}.")
+        hint = f'Known: {", ".join(TOWERS)}. Others are described under "vlarl": {{"towers": {{"{timm_id}": {{...}}}}}}.'
+        raise CheckpointError(message, hint)
     return TOWERS[timm_id]
+
+
+def _read_shape(timm_id: str, values: object) -> TowerShape:
+    """A shape as config.json describes it: every field of TowerShape, dead_weights apart, which it may leave out."""
+    where, names = f'config.json: the vision tower {timm_id!r} under "vlarl": "towers"', [field.name for field in fields(TowerShape)]
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is {values!r}, expected an object.", f"It holds {', '.join(names)}.")
+    values = {"dead_weights": True, **values}
+    differing = sorted(set(names) ^ set(values))
+    if differing:
+        raise CheckpointError(f"{where} must hold exactly {', '.join(names)}; differs in {', '.join(differing)}.")
+    for name, value in values.items():
+        expected = _expected(name, value)
+        if expected:
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected {expected}.")
+    if values["width"] % values["heads"]:
+        raise CheckpointError(f"{where}: heads is {values['heads']}, which does not divide its width {values['width']}.")
+    colours = {name: tuple(values[name]) for name in COLOURS}
+    return TowerShape(**(values | colours))
+
+
+def _expected(name: str, value: object) -> str:
+    """What a field should be; empty where it is."""
+    if name in SWITCHES:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in COUNTS:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= COUNTS[name]
+        return "" if fits else f"a whole number of at least {COUNTS[name]}"
+    least = 0.0 if name == "std" else -math.inf
+    fits = isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and x > least for x in value)
+    return "" if fits else f"three {'positive ' if name == 'std' else ''}numbers, of red, green and blue"

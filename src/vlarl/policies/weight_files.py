@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VALUE_HEAD_FILE = "value_head.safetensors"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VALUE_HEAD = "value_head."
+ASSETS = Path(str(resources.files("vlarl"))) / "assets"
 _CUT_SHORT = "The file may have been cut short; copy it again."
 
 
@@ -39,7 +41,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             size = path.stat().st_size
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: the policy folder lacks this file.", "Download or copy the checkpoint again.") from None
+        hint = "Download or copy the checkpoint again."
+        if path.parent.parent == ASSETS:  # a configuration alone
+            hint = f"It is shipped without weights; scratch:{path.parent.name} is the same policy with random ones."
+        raise CheckpointError(f"{path}: the policy folder lacks this file.", hint) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.", _CUT_SHORT) from error
     try:

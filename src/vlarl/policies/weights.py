@@ -1,7 +1,8 @@
 """Owns the way of stored tensors into a module that was built empty: strict about names and shapes, reading what this rank keeps."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from vlarl.errors import CheckpointError
 from vlarl.policies.adapter import Adapter, misfits
 from vlarl.policies.base import PolicyModule
 from vlarl.policies.layout import REFUSED, refusal
-from vlarl.policies.weight_files import VALUE_HEAD, Stored
+from vlarl.policies.weight_files import VALUE_HEAD, Stored, read_header, write_weights
 
 SIDE_FILES = "*--*_checkpoint.pt"  # NAME--STEP_checkpoint.pt: a part of the policy in a file of its own
 OPTIONAL = "proprio_projector"  # published with policies that may be run without it
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
+BLOCK_BYTES = 32 << 20  # of a weight in float32: what is merged at a time while a file is written
 Read = Callable[[str, int, int], Tensor]  # name in the file, first row, row after the last
 
 
@@ -68,8 +71,9 @@ def check_fit(folder: Path, stored: dict[str, Stored], adapter: Adapter | None, 
             wrong.append(f"{name} is {tensor.shape}, expected {expected[name]}")
     wrong += [f"missing {name}" for name in expected if name not in stored and (has_head or not name.startswith(VALUE_HEAD))]
     if wrong:
-        about_head = VALUE_HEAD in wrong[0]
-        hint = "Set policy.value as the checkpoint's value head has it." if about_head else "Its config.json describes another model."
+        hint = "Its config.json describes another model."
+        if VALUE_HEAD in wrong[0]:
+            hint = "Set policy.value as the checkpoint's value head has it, or leave it out."
         raise CheckpointError(f"{folder}: the weights do not fit the configuration: {_first(wrong)}.", hint)
     if adapter is not None and (wrong := misfits(adapter, expected)):
         hint = f"It was made for the base model {adapter.base or '(not named)'}."
@@ -139,6 +143,64 @@ def _adapted(rows: Tensor, adapter: Adapter, layer: str, start: int, dtype: torc
     wide = torch.promote_types(dtype, torch.float32)
     update = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
     return rows.to(wide) + adapter.scale * update.view(rows.shape)
+
+
+def write_merged(folder: Path, tensors: Mapping[str, Stored], adapter: Adapter | None, dtype: str | None, shard_bytes: int) -> list[Path]:
+    """`write_weights`, with the adapter merged, and in another dtype (None: each tensor's own; else as safetensors spells it).
+
+    The files are laid out first, with zeros where something is computed, and filled then, some rows at a time: no tensor is held whole.
+    """
+    zeros = folder / ".zeros"
+    laid, computed = {}, {}
+    for name, tensor in tensors.items():
+        source = adapter.whole.get(name, tensor) if adapter is not None else tensor
+        wanted = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+        laid[name] = source
+        if wanted != source.dtype or _layer_of(name, adapter):
+            bytes_ = math.prod(source.shape) * FLOATS[wanted].itemsize
+            laid[name] = Stored(zeros, name, wanted, source.shape, 0, bytes_)
+            computed[name] = source
+    with zeros.open("wb") as file:
+        file.truncate(max((laid[name].bytes for name in computed), default=0))  # sparse: it takes no room
+    try:
+        paths = write_weights(folder, laid, shard_bytes)
+    finally:
+        zeros.unlink()
+    for path in paths:
+        with path.open("r+b") as out:
+            for name, place in read_header(path).items():
+                if name in computed:
+                    out.seek(place.start)
+                    for rows in _merged_rows(name, computed[name], adapter, FLOATS[place.dtype]):
+                        out.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+    return paths
+
+
+def merged_tensor(name: str, stored: Stored, adapter: Adapter | None) -> Tensor:
+    """A stored tensor, whole, with what the adapter changes of it, in the stored dtype."""
+    source = adapter.whole.get(name, stored) if adapter is not None else stored
+    with _open(stored.file) as read:
+        dtype = read(stored.key, 0, 1).dtype
+    return torch.cat(list(_merged_rows(name, source, adapter, dtype))).view(source.shape)
+
+
+def _layer_of(name: str, adapter: Adapter | None) -> str:
+    """The layer whose factors are added to a weight; empty: none."""
+    layer = name.removesuffix(".weight")
+    return layer if adapter is not None and layer != name and layer in adapter.layers and name not in adapter.whole else ""
+
+
+@torch.no_grad()
+def _merged_rows(name: str, source: Stored, adapter: Adapter | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor in pieces of some rows, with the layer's factors added; of one without axes, its only number."""
+    layer, rows = _layer_of(name, adapter), source.shape[0] if source.shape else 1
+    step = max(1, BLOCK_BYTES // (4 * max(1, math.prod(source.shape[1:]))))
+    with _open(source.file) as read:
+        for start in range(0, rows, step):
+            piece = read(source.key, start, min(rows, start + step))
+            if layer and adapter is not None:
+                piece = _adapted(piece, adapter, layer, start, dtype)
+            yield piece.to(dtype).reshape(-1) if not source.shape else piece.to(dtype).contiguous()
 
 
 @contextmanager

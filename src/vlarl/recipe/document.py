@@ -15,8 +15,10 @@ import yaml
 
 from vlarl.errors import RecipeError
 
-MAX_DEPTH = 8  # a recipe is three levels deep; deeper means an alias that contains itself
 Key = tuple[str | int, ...]
+
+REPLACED_WITH_KIND: frozenset[Key] = frozenset({("algorithm",)})  # sections that are one of several kinds, with other fields each
+MAX_DEPTH = 8  # a recipe is three levels deep; deeper means an alias that contains itself
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class _Reader:
 def merge(base: Document, top: Document) -> Document:
     """`top` over `base`: sections are merged key by key, everything else is replaced.
 
-    A section whose `kind` changes is replaced as a whole: the settings of one algorithm mean nothing to another.
+    An algorithm whose `kind` changes is replaced as a whole: the settings of one mean nothing to another.
     """
     origins = dict(base.origins)
     values = _merge(base.values, top.values, (), origins)
@@ -134,7 +136,7 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any], key: Key, origins: d
     for name, value in top.items():
         here = (*key, name)
         old = merged.get(name)
-        if isinstance(old, dict) and isinstance(value, dict) and not ("kind" in value and value["kind"] != old.get("kind", value["kind"])):
+        if isinstance(old, dict) and isinstance(value, dict) and not (here in REPLACED_WITH_KIND and _other_kind(old, value)):
             merged[name] = _merge(old, value, here, origins)
             continue
         for stale in [k for k in origins if k[: len(here)] == here]:
@@ -143,9 +145,13 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any], key: Key, origins: d
     return merged
 
 
+def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" in new and "kind" in old and new["kind"] != old["kind"]
+
+
 def read(path: Path, shipped: Mapping[str, Path]) -> Document:
     """The recipe file with what it `extends` (a file relative to it, or the name of a shipped recipe) below it."""
-    top = parse(_text(path), "recipe")
+    top = _parse_file(path, "recipe")
     values = dict(top.values)
     parent = values.pop("extends", None)
     top = Document(values, top.origins, top.problems)
@@ -157,12 +163,20 @@ def read(path: Path, shipped: Mapping[str, Path]) -> Document:
         known = ", ".join(sorted(shipped)) or "none"
         problem = f"extends = {parent!r} ({where}): no such file beside the recipe and no shipped recipe of this name. Shipped: {known}."
         return Document(values, top.origins, (*top.problems, problem))
-    base = parse(_text(base_path), base_path.name)
+    base = _parse_file(base_path, base_path.name)
     if base.values.pop("extends", None) is not None:
         problem = f"extends = {parent!r} ({where}): {base_path.name} extends another recipe itself; one level is allowed. Extend that one."
         return Document(values, top.origins, (*top.problems, problem))
     base.values.pop("summary", None)  # says what the base is for, not this recipe
     return merge(base, top)
+
+
+def _parse_file(path: Path, label: str) -> Document:
+    """As `parse`; an error names the whole path, for a recipe may be read by its name or through `extends`."""
+    try:
+        return parse(_text(path), label)
+    except RecipeError as error:
+        raise RecipeError(error.problems, str(path)) from None
 
 
 def _find(name: str, folder: Path, shipped: Mapping[str, Path]) -> Path | None:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlarl.errors import RecipeError
 from vlarl.policies.published import PUBLISHED, download_hint
-from vlarl.recipe.document import Document, Key, dotted, merge, overrides, read
+from vlarl.recipe.document import Document, Key, dotted, merge, overrides, parse, read
 from vlarl.recipe.rules import line_order, recipe_clashes, sentence, show
 from vlarl.recipe.schema import Recipe
 
@@ -72,8 +72,9 @@ def json_schema() -> dict[str, Any]:
     }
     schema["properties"] = {"extends": extends, **schema["properties"]}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    # What a recipe extends may supply the rest.
-    del schema["required"]
+    # What a recipe extends may supply the rest, so that fields are required of recipes that extend nothing alone.
+    required = {"required": schema.pop("required"), "properties": {"policy": {"required": schema["$defs"]["Policy"].pop("required")}}}
+    schema |= {"if": {"not": {"required": ["extends"]}}, "then": required}
     return schema
 
 
@@ -128,7 +129,7 @@ def _schema_problems(document: Document, problems: list[str]) -> set[Key]:
 def _walk(values: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[Key | None, Any]:
     """pydantic's location -> (path in the recipe, declared type there). None: it speaks of a kind that the recipe did not choose.
 
-    Inside a list the list itself is blamed. An unknown key has type None.
+    In a list of sections the section's field is blamed, in any other the list itself. An unknown key has type None.
     """
     kind: Any = Recipe
     data: Any = values
@@ -142,6 +143,10 @@ def _walk(values: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[Key | Non
                     return (*key, "kind"), Literal[tuple(_kinds(members))]
                 return None, None
             kind = chosen
+            continue
+        entry = _list_entry(kind)
+        if isinstance(part, int) and is_dataclass(entry) and isinstance(data, list):
+            key, kind, data = (*key, part), entry, data[part]
             continue
         section = _chosen(members, data)
         if section is None or not isinstance(part, str):
@@ -159,6 +164,12 @@ def _section_members(kind: Any) -> list[type]:
     """The dataclasses that a type admits: `Optional[Lora]` -> [Lora], `Union[Ppo, Grpo]` -> both, `int` -> none."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return [o for o in options if isinstance(o, type) and is_dataclass(o)]
+
+
+def _list_entry(kind: Any) -> Any:
+    """What every entry of a list is: `tuple[Warmstart, ...]` -> Warmstart; None where the type is no such list."""
+    members = get_args(kind)
+    return members[0] if get_origin(kind) is tuple and members[-1] is Ellipsis else None
 
 
 def _chosen(members: list[type], data: Any) -> type | None:
@@ -183,29 +194,50 @@ def _sentence(document: Document, key: Key, kind: Any, error_type: str) -> str:
     name = dotted(key)
     data: Any = document.values
     for part in key:
-        data = data.get(part, MISSING) if isinstance(data, dict) else MISSING
+        if isinstance(part, int):
+            data = data[part]
+        else:
+            data = data.get(part, MISSING) if isinstance(data, dict) else MISSING
     where = document.origins.get(key)
     if kind is None:
         return f"{name} ({where}): unknown field. {_nearest_field(document.values, key)}"
     if data is MISSING:
         return f"{name}: required, and not given. Add {describe(kind)}."
-    shown = "a section" if isinstance(data, dict) else show(data)
+    shown = "a section" if isinstance(data, dict) else json.dumps(data) if _looks_otherwise(data) else show(data)
     fix = _fix(kind, data)
     return f"{name} = {shown} ({where or 'default'}): expected {describe(kind)}." + (f" {fix}" if fix else "")
+
+
+def _looks_otherwise(data: Any) -> bool:
+    """Whether this is text that reads as a number or as true and false once its quotes are gone."""
+    return isinstance(data, str) and not isinstance(_unquoted(data), str)
+
+
+def _unquoted(text: str) -> Any:
+    try:
+        return parse(f"value: {text}", "").values["value"]
+    except RecipeError:
+        return text
 
 
 def _nearest_field(values: dict[str, Any], key: Key) -> str:
     section: Any = Recipe
     data: Any = values
     for part in key[:-1]:
-        chosen = _chosen(_section_members(section), data)
-        assert chosen is not None
-        section = _annotated_types(chosen)[str(part)]
+        if isinstance(part, int):
+            section = _list_entry(section)
+        else:
+            chosen = _chosen(_section_members(section), data)
+            assert chosen is not None
+            section = _annotated_types(chosen)[part]
         data = data[part]
     chosen = _chosen(_section_members(section), data)
     assert chosen is not None
     known = list(_annotated_types(chosen))
     name = str(key[-1])
+    before, colon, after = name.partition(":")
+    if colon:
+        return f"Write `{before}: {after}`, with a space after the colon."
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {dotted((*key[:-1], close[0]))}?"
@@ -267,6 +299,8 @@ def _fix(kind: Any, data: Any) -> str:
     """A remedy where one can be guessed."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     bare = {get_args(o)[0] if get_origin(o) is Annotated else o for o in options}
+    if _looks_otherwise(data) and {type(_unquoted(data)), float if isinstance(_unquoted(data), int) else None} & bare:
+        return f"In quotes it is text; write {data}."
     if bool in bare and str(data).lower() in ("yes", "on", "1", "no", "off", "0"):
         return f"Write {'true' if str(data).lower() in ('yes', 'on', '1') else 'false'}."
     if int in bare and isinstance(data, float) and data.is_integer():
@@ -286,6 +320,7 @@ def _repaired(values: dict[str, Any], wrong: set[Key]) -> dict[str, Any]:
     """The values without what is wrong, required fields filled in: what can be checked further, is."""
     copy = json.loads(json.dumps(values))
     for key in wrong:
+        key = key[: next((i for i, part in enumerate(key) if isinstance(part, int)), len(key))]  # lists go as a whole
         section = copy
         for part in key[:-1]:
             section = section.get(part) if isinstance(section, dict) else None

@@ -64,6 +64,8 @@ def show(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{', '.join(show(v) for v in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {show(v)}' for name, v in value.items())}}}"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -6,13 +6,18 @@ a recipe states intent only: everything derivable is derived in `plan`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
+from vlarl.policies.families import POLICIES
 from vlarl.recipe.fields import STRICT, Count, Fraction, NonNegative, Positive, Rate
 from vlarl.recipe.simulators import Env
 
+if TYPE_CHECKING:
+    Kind = str
+else:
+    Kind = Literal[tuple(POLICIES)]  # a new family is a row there, and nothing here
 Part = Literal["optimizer", "reference", "weights", "gradients"]  # of a learner, that its device can do without for a while
 
 
@@ -24,7 +29,6 @@ class Lora:
     rank: Count = 32
     alpha: Count | None = None
     """null: the rank; where an adapter is trained on, its own."""
-    dropout: Fraction = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get adapters: all linear ones that are trained (lm_head apart), or those of these names. Where an adapter is trained on,
     all-linear is whatever it has, names must be its."""
@@ -58,7 +62,7 @@ class Policy:
     """The policy to train."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["openvla", "openvla-oft"] | None = None
+    kind: Kind | None = None
     """Family; null: as the checkpoint's files say. Needed where they do not: both families publish the same weights and configuration."""
     checkpoint: str
     """Folder; `bundled:NAME` (shipped with vlarl) or `scratch:NAME` (random weights of a shipped configuration); or the Hub id of a
@@ -70,12 +74,14 @@ class Policy:
     lora: Lora | None = None
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
     """Parts whose weights do not change."""
-    value: Literal["chunk", "action"] = "chunk"
-    """One value per chunk, or one per action of the chunk."""
+    value: Literal["chunk", "action"] | None = None
+    """One value per chunk, or one per action of the chunk; null: as the checkpoint's value head has it, or per chunk where it has none."""
     chunk: Count | None = None
     """Actions per forward pass. This and what follows: null is as the checkpoint's files say, or the family's usual (OFT: 8)."""
     views: Count | None = None
     """Camera images per observation: the main one, then the wrist's."""
+    proprio: bool | None = None
+    """Whether the robot's state is read; false does without, though the checkpoint could."""
     stop_token: bool | None = None
     """OFT: whether a stop token ends the sequence, as it did when the checkpoint was trained."""
     normalization: Literal["quantiles", "bounds"] | None = None

@@ -1,6 +1,7 @@
 """Owns the entry of a worker rank: `python -m vlarl.worker --run-dir D --job J`, started by torchrun or by hand.
 
-Exit codes: 0, EXIT_USER for a mistake the user can mend, EXIT_WORKER for anything else. The cause is left in logs/rank{r}.error.json.
+Exit codes: 0, EXIT_USER for a mistake the user can mend, EXIT_INTERRUPTED for Ctrl-C (by hand, in-process),
+EXIT_WORKER for anything else. The cause is left in logs/rank{r}.error.json.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from vlarl.errors import EXIT_USER, EXIT_WORKER, VlarlError
 from vlarl.launch.lifeline import hold
 
+EXIT_INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,6 +44,8 @@ def main(arguments: list[str]) -> int:
         _record(options.run_dir, "user" if error.exit_code != EXIT_WORKER else "crash", error.message, error.hint)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             _record(options.run_dir, "user", f"The disk of {options.run_dir} is full.", "Free some space, then resume.")

@@ -95,7 +95,7 @@ def build_emulated(run: Context, profile: Profile) -> tuple[Trainer, SleepingLea
     """Trainer and learner of this rank, as the plan says, that sleep the profile's seconds."""
     run = replace(run, plan=replace(run.plan, update=replace(run.plan.update, reuse_features=False)))  # there are no towers
     recipe, roles, spec = run.recipe, run.rank_plan.roles, policy_spec(run.recipe)
-    values = spec.chunk if isinstance(recipe.algorithm, Ppo) and recipe.policy.value == "action" else 1
+    values = spec.values if isinstance(recipe.algorithm, Ppo) else 1
     device = Device(profile.overlap)
     policy = SleepingPolicy(device, profile, spec, values, run.master_dtype) if roles != ("env",) else None
     learner = None

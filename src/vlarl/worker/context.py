@@ -10,6 +10,7 @@ import torch
 
 from vlarl import serial
 from vlarl.distributed.mesh import World, init_world
+from vlarl.distributed.reduce import meet
 from vlarl.envs.hosts import HostedEnv
 from vlarl.metrics.spans import Spans
 from vlarl.metrics.status import Heartbeat
@@ -17,7 +18,7 @@ from vlarl.plan.placement import PlacementPlan, RankPlan
 from vlarl.plan.specs import simulator_spec
 from vlarl.recipe.schema import Recipe
 
-WAIT = "rollout/wait"  # the name under which serve and RemotePool wait
+WAIT = "rollout/wait"  # the name under which ranks wait for others that simulate or act
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -66,6 +67,12 @@ class Context:
         """Time a wait for other ranks, and go on telling the launcher that this one is alive."""
         with self.heartbeat.waiting(name), self.spans.span(name):
             yield
+
+    def meet(self, world: World, what: str) -> None:
+        """Wait for the slowest rank of `world` at `what`, before a collective would: that has one deadline, and nothing beats in it."""
+        if world.world_size > 1:
+            with self.waiting(WAIT):
+                meet(world, what)
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Time a phase, and tell the launcher that this rank is alive in it."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from vlarl import serial
 from vlarl.distributed import manifest
@@ -14,11 +17,15 @@ from vlarl.distributed.fsdp import acting
 from vlarl.distributed.mesh import shutdown
 from vlarl.distributed.reduce import barrier
 from vlarl.evaluation.report import result_table
+from vlarl.launch.lifeline import LAUNCHER_PID
 from vlarl.learner.update import Learner
+from vlarl.metrics.sinks import METRICS_FILE, read_metrics
 from vlarl.metrics.status import write_status
+from vlarl.metrics.words import duration_text, rate_text
 from vlarl.plan.profile import Profile
 from vlarl.plan.specs import simulator_spec, weight_files
 from vlarl.policies.base import VLAPolicy
+from vlarl.policies.layout import switches
 from vlarl.policies.probe import action_range
 from vlarl.worker.bench import bench, build_emulated, measure_costs
 from vlarl.worker.context import Context, open_context
@@ -90,7 +97,9 @@ def train_job(run: Context, resume: bool) -> None:
     if learner is None:
         assist(run, trainer, resume)
     else:
-        _finish(run, _training_result(run, train(run, trainer, learner, resume)))
+        progress = train(run, trainer, learner, resume)
+        if run.world.is_main:
+            _finish(run, _training_result(run, progress))
 
 
 def _learning(run: Context, cloning: bool) -> tuple[VLAPolicy | None, Learner | None]:
@@ -143,23 +152,58 @@ def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
     equip_policy(run, policy, evaluation_slots(run))
     hashes = {path.name: manifest.sha256(path) for path in weight_files(run.recipe)}
     reports, offload = [], build_offload(run, policy, None)
+    checkpoint, evaluated = _evaluated(run)
     for done, variation in enumerate(variations):
         if run.world.is_main:
-            write_status(run.run_dir, phase=f"evaluating {variation}", update=done, updates=len(variations))
+            which = f" ({done + 1} of {len(variations)})" if len(variations) > 1 else ""
+            write_status(run.run_dir, phase=f"evaluating {variation}{which}", update=done, updates=len(variations), line=checkpoint)
         with run.span("eval"), offload.phase("evaluation") as away, acting(policy.module, away):
-            reports.append(evaluate(run, policy, variation, run.recipe.seed, hashes, f"eval-{variation}"))
+            report = evaluate(run, policy, variation, run.recipe.seed, hashes, f"eval-{variation}")
+        reports.append(report | {"policy": evaluated})
     if run.world.is_main:
         _write(run.run_dir / "eval.json", reports)
-    notes = [action_range(policy), f"Every episode: {run.run_dir / 'eval.json'}"]
+    notes = [checkpoint, *policy.notices, action_range(policy), switches(policy.config), f"Every episode: {run.run_dir / 'eval.json'}"]
     _finish(run, {"table": result_table(reports), "notes": notes})
 
 
+def _evaluated(run: Context) -> tuple[str, dict[str, Any]]:
+    """Which policy `vlarl eval` plays, as a line and for eval.json; update and best: of a run's checkpoint."""
+    source = run.recipe.policy.checkpoint
+    assert source is not None
+    folder = Path(source).parent
+    if not (folder / manifest.MANIFEST).is_file():  # a policy folder of its own, or a built-in one
+        return f"policy: {_shown(source)}", {"path": source, "update": None, "best": None}
+    best = manifest.best(folder.parent.parent) == folder
+    update = manifest.read_manifest(folder)["update"]
+    return f"policy: {_shown(str(folder))}{' (best)' if best else ''}", {"path": source, "update": update, "best": best}
+
+
+def _shown(path: str) -> str:
+    """As short as it can be typed: ranks work in the folder of the command."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
 def _training_result(run: Context, progress: Progress) -> dict[str, Any]:
-    rows = [["updates", str(progress.update)], ["episodes", str(progress.episodes)], ["minutes", f"{progress.seconds / 60:.1f}"]]
-    if progress.success is not None:
-        rows.append([f"success, last {len(progress.recent)} training episodes", f"{progress.success:.1%}"])
-    if progress.best is not None:
-        rows.append(["best evaluation", f"{progress.best[0]:.1%} at update {progress.best[1]}"])
+    """What the command prints at its end. The record knows every evaluation, also those before a resume."""
+    counts = {
+        row["step"]: rate_text(int(row["eval/successes"]), int(row["eval/episodes"]))
+        for row in read_metrics(run.run_dir / METRICS_FILE)
+        if "eval/episodes" in row
+    }
+    rows = [["updates", str(progress.update)], ["episodes", str(progress.episodes)]]
+    command = psutil.Process(int(os.environ.get(LAUNCHER_PID, os.getpid())))
+    rows.append(["time of this command", duration_text(time.time() - command.create_time())])
+    rows.append(["time of all updates", duration_text(progress.seconds)])
+    if progress.recent:
+        rate = rate_text(sum(progress.recent), len(progress.recent))
+        rows.append([f"success, last {len(progress.recent)} training episodes", rate])
+    if 0 in counts:
+        rows.append(["evaluation before training", counts[0]])
+    best = progress.best[1] if progress.best is not None else 0
+    if best in counts and best > 0:
+        rows.append([f"best evaluation (update {best}, checkpoints/best)", counts[best]])
+    if any(counts):
+        rows.append([f"last evaluation (update {max(counts)})", counts[max(counts)]])
     return {
         "table": {"title": run.recipe.name, "columns": ["what", "value"], "rows": rows},
         "notes": [f"Evaluate: vlarl eval --ckpt {run.run_dir}", f"Curve: {run.run_dir / 'curve.png'}"],

@@ -26,6 +26,7 @@ from vlarl.rollout.collector import concatenate
 from vlarl.types import TrajectoryBatch
 from vlarl.worker.context import Context
 from vlarl.worker.evaluate import evaluate_training
+from vlarl.worker.export import training_logits
 from vlarl.worker.films import film_batch
 from vlarl.worker.progress import Progress, Reporter, gather_spans
 from vlarl.worker.setup import Trainer
@@ -109,6 +110,7 @@ def collect(run: Context, trainer: Trainer, update: int) -> tuple[TrajectoryBatc
         trainer.orders.give("collect", update)
         fresh = play(run, trainer)
         assert fresh is not None
+        run.meet(learners, "the end of a rollout")
         batch = fresh if batch is None else concatenate(batch, fresh)
         targets = judge(run, batch)
         groups = rollout.parallel // rollout.group_size * rollout.episodes_per_slot
@@ -171,6 +173,7 @@ def schedule(run: Context, learner: Learner, progress: Progress) -> dict[str, fl
     policy = learning_rate_at(progress.update, u.learning_rate, start, u.lr_warmup, u.updates, u.lr_decay)
     value = learning_rate_at(progress.update, u.value_learning_rate, 0, 0, u.updates, u.lr_decay)
     set_learning_rates(learner.optimizer, policy, value)
+    learner.trains_policy = policy > 0
     return {"learning_rate": policy, "value_learning_rate": value}
 
 
@@ -180,7 +183,7 @@ def warm_up(run: Context, progress: Progress, learnt: dict[str, float]) -> None:
     if isinstance(algorithm, Ppo) and progress.critic_ready is None:
         explained = learnt["explained_variance"] >= algorithm.critic_warmup_until
         if explained or progress.update >= algorithm.critic_warmup:
-            progress.critic_ready = progress.update
+            progress.critic_ready = min(progress.update, algorithm.critic_warmup)
 
 
 def signal(run: Context, targets: Targets) -> dict[str, float]:
@@ -194,12 +197,15 @@ def signal(run: Context, targets: Targets) -> dict[str, float]:
 
 
 def measure(run: Context, trainer: Trainer, learner: Learner, progress: Progress, reporter: Reporter) -> bool:
-    """Evaluate on episodes kept apart from training and from `vlarl eval`; True if this is the best policy so far."""
+    """Evaluate on episodes kept apart from training and from `vlarl eval`; True if this is the best policy so far.
+
+    Before the first update there is nothing to keep: that policy is where the run began, and competes with no checkpoint.
+    """
     reporter.status(progress, "evaluation")
     with run.span("eval"), trainer.offload.phase("evaluation") as away, acting(learner.policy.module, away):
         scores = evaluate_training(run, learner.policy, progress.update)
     reporter.evaluation(progress, trainer, scores)
-    better = progress.best is None or scores["eval/success"] > progress.best[0]
+    better = progress.update > 0 and (progress.best is None or scores["eval/success"] > progress.best[0])
     if better:
         progress.best = (scores["eval/success"], progress.update)
     return better
@@ -215,22 +221,24 @@ def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None
         extra |= {"collector": trainer.rollout.collector.state_dict()}
     policy, learner = trainer.policy, trainer.learner
     with run.span("checkpoint"):
+        live = training_logits(run, trainer)
         checkpoint.save(
             run.world,
             folder,
             learner.policy.module if learner is not None else None,
             learner.optimizer if learner is not None else None,
             extra,
-            lambda path, state: save_policy(path, policy, state) if policy is not None else None,
+            lambda path, state: save_policy(path, policy, state, live) if policy is not None else None,
             {
                 "update": progress.update,
                 "success": progress.best[0] if progress.best else progress.success,
                 "placement": layout(run.plan),
             },
             saved_names(policy) if policy is not None else None,
+            run.heartbeat,
         )
         if run.world.is_main:
-            if best or manifest.best(run.run_dir) is None:
+            if best or progress.best is None:  # until an evaluation has chosen, the newest
                 manifest.mark_best(folder)
             manifest.prune(run.run_dir, run.recipe.checkpoint.keep)
         barrier(run.world, "checkpoint")
@@ -241,14 +249,18 @@ def restore(run: Context, trainer: Trainer) -> Progress:
     folder, learner = latest_checkpoint(run.run_dir), trainer.learner
     module, optimizer = (learner.policy.module, learner.optimizer) if learner is not None else (None, None)
     manifest.check_placement(folder, layout(run.plan))
-    extras, _ = checkpoint.load(run.world, folder, module, optimizer)
+    extras, _ = checkpoint.load(run.world, folder, module, optimizer, run.heartbeat)
     extra: dict[str, Any] = extras[run.world.rank]
     if trainer.env is not None:
         trainer.env.feed.cursor = list(extra["cursor"])
         trainer.env.pool.load_state_dict(extra["pool"])
     if trainer.rollout is not None:
         trainer.rollout.collector.load_state_dict(extra["collector"])
-    return Progress.from_state(extra["progress"])
+    run.meet(run.world, "resuming")  # episodes that are played again take their time
+    progress = Progress.from_state(extra["progress"])
+    if run.world.is_main and progress.best is not None and progress.best[1] == progress.update:
+        manifest.mark_best(folder)  # a run that died between the checkpoint and this could not
+    return progress
 
 
 def latest_checkpoint(run_dir: Path) -> Path:

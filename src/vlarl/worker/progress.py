@@ -9,12 +9,14 @@ from typing import Any
 import psutil
 import torch
 
+from vlarl import serial
 from vlarl.distributed.reduce import all_gather_objects, all_reduce_sum
 from vlarl.distributed.residency import Offload, children_bytes
 from vlarl.metrics.curve import draw_curve
 from vlarl.metrics.sinks import METRICS_FILE, MetricsWriter
 from vlarl.metrics.spans import bottleneck_line, simulation_seconds
 from vlarl.metrics.status import write_status
+from vlarl.metrics.words import rate_text
 from vlarl.plan.placement import Phase, phase_bytes
 from vlarl.types import TrajectoryBatch
 from vlarl.worker.context import Context
@@ -71,8 +73,11 @@ class Reporter:
     def __init__(self, run: Context, resume_from: int | None) -> None:
         self._run = run
         log = run.recipe.log
-        self.sinks = MetricsWriter(run.run_dir, log.tensorboard, log.wandb, resume_from) if run.world.is_main else None
+        self.sinks: MetricsWriter | None = None
+        if run.world.is_main:
+            self.sinks = MetricsWriter(run.run_dir, log.tensorboard, log.wandb, resume_from, serial.to_dict(run.recipe))
         self._started = time.perf_counter()
+        self._evaluated = ""
 
     def start_update(self, progress: Progress) -> None:
         """Begin the clock of the next update."""
@@ -142,6 +147,9 @@ class Reporter:
         if self.sinks is not None:
             memory = {"memory/measured_peak_bytes_evaluation": peak} | self._predicted("evaluation")
             self.sinks.write(progress.update, scores | memory)
+            when = "before training" if progress.update == 0 else f"after {progress.update} update{'s' * (progress.update > 1)}"
+            self._evaluated = f"evaluation {when}: {rate_text(int(scores['eval/successes']), int(scores['eval/episodes']))}"
+            self.status(progress, "evaluation")
             self.curve()
 
     def _predicted(self, phase: Phase) -> dict[str, float]:
@@ -166,10 +174,11 @@ class Reporter:
             update=progress.update,
             updates=updates,
             frames_per_second=frames_per_second,
-            success=progress.success,
+            recent=(sum(progress.recent), len(progress.recent)) if progress.recent else None,
             episodes=progress.episodes,
             eta_seconds=left,
-            line=line,
+            line=line or f"{progress.update} of {updates} updates done",
+            evaluated=self._evaluated,
         )
 
     def curve(self) -> None:

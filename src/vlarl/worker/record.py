@@ -146,7 +146,7 @@ class _Session:
                 low, high = wilson(sum(won), len(won))
                 rows.append([task, str(len(won)), f"{sum(won)}/{len(won)}", f"{sum(won) / len(won):.1%} [{low:.1%}, {high:.1%}]"])
         seconds = time.perf_counter() - self._started
-        kept = f"{self._writer.episodes} episodes, {self._writer.frames} frames: {folder}"
+        kept = f"{_counted(self._writer.episodes, 'episode')}, {_counted(self._writer.frames, 'frame')}: {folder}"
         speed = f"{seconds:.0f} s, {self._frames / seconds:.1f} frames/s. Clone it: warmstart: [{{steps: 1000, data: {folder}}}]"
         columns = ["task", "played", "successes", "rate"]
         return {"table": {"title": f"recorded by the {self._settings.player}", "columns": columns, "rows": rows}, "notes": [kept, speed]}
@@ -188,5 +188,9 @@ class _Session:
             updates=wanted,
             frames_per_second=self._frames / seconds,
             eta_seconds=seconds / kept * (wanted - kept) if kept else None,
-            line=f"{sum(s for _, s in self._played)} of {len(self._played)} episodes ended in success",
+            line=f"{sum(s for _, s in self._played)} of {_counted(len(self._played), 'episode')} ended in success",
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

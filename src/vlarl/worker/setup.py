@@ -30,7 +30,7 @@ from vlarl.plan.placement import PlacementPlan, stage_parts
 from vlarl.plan.specs import policy_spec, simulator_spec
 from vlarl.policies.base import PolicyModule, VLAPolicy
 from vlarl.policies.checkpoint import cast_parameters, load_policy
-from vlarl.policies.layout import stated_settings
+from vlarl.policies.layout import stated_settings, switches
 from vlarl.policies.probe import action_range, check_policy, equip
 from vlarl.policies.spec import PolicySpec
 from vlarl.policies.weights import WHOLE, Place
@@ -81,7 +81,10 @@ class Trainer:
 
 def build_policy(run: Context) -> VLAPolicy:
     """The recipe's policy, whole on this rank, as the warm start needs it."""
-    return _load(run, True, run.recipe.policy, run.master_dtype, WHOLE)
+    policy = _load(run, True, run.recipe.policy, run.master_dtype, WHOLE)
+    if run.world.is_main:
+        print(*policy.notices, sep="\n", end="\n" if policy.notices else "")
+    return policy
 
 
 def build_sharded_policy(run: Context, trainable: bool, source: str | None = None, apart: bool = False) -> VLAPolicy:
@@ -141,7 +144,8 @@ def _probed(run: Context, policy: VLAPolicy) -> VLAPolicy:
     with acting(policy.module):
         check_policy(policy, run.compute_dtype)
     if run.world.is_main:
-        print(action_range(policy))
+        for line in (*policy.notices, action_range(policy), switches(policy.config)):
+            print(line)
     return policy
 
 
@@ -151,7 +155,10 @@ def equip_policy(run: Context, policy: VLAPolicy, slots: int) -> None:
     if not (settings.compile or settings.cuda_graphs or settings.batch_sizes):
         return
     with run.waiting("engine"), acting(policy.module):
-        left_out = equip(policy, settings, slots, run.compute_dtype, lambda: before_capture(policy.module))
+        sampling = run.recipe.rollout
+        left_out = equip(
+            policy, settings, slots, run.compute_dtype, sampling.temperature, sampling.top_k, lambda: before_capture(policy.module)
+        )
     for line in left_out:
         print(f"rank {run.world.rank}: {line}")
 
@@ -261,8 +268,11 @@ def _hosted_env(run: Context, env: Env, slots: range, batches: int) -> HostedEnv
             updates = run.recipe.update.updates
             write_status(run.run_dir, phase=f"simulators: {count} of {total} are up", update=run.spans.update, updates=updates)
 
+    def beat() -> None:
+        run.heartbeat.beat("env hosts")
+
     with run.waiting("env hosts"):
-        made = HostedEnv(len(slots), slots.start, simulator_spec(env), hosting, run.world.device, started)
+        made = HostedEnv(len(slots), slots.start, simulator_spec(env), hosting, run.world.device, started, beat)
     run.hosted.append(made)
     return made
 
@@ -303,7 +313,19 @@ def build_learner(run: Context, policy: VLAPolicy, reference: VLAPolicy | None) 
     assert world is not None, "learners have a world of their own"
     optimizer, dump_dir = build_optimizer_for(run, policy), run.run_dir / "refused"
     whole = "gradients" not in run.plan.residency.update
-    return Learner(policy, reference, optimizer, world, recipe.algorithm, recipe.update, recipe.rollout, recipe.seed, dump_dir, whole)
+    return Learner(
+        policy,
+        reference,
+        optimizer,
+        world,
+        recipe.algorithm,
+        recipe.update,
+        recipe.rollout,
+        recipe.seed,
+        dump_dir,
+        whole,
+        lambda: run.heartbeat.beat("update"),
+    )
 
 
 def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | None, make_env: MakeEnv, seen: EnvSpec) -> Trainer:
@@ -323,8 +345,9 @@ def build_trainer(run: Context, policy: VLAPolicy | None, learner: Learner | Non
     if "rollout" in me.roles:
         assert policy is not None
         pool = env.pool if env is not None else RemotePool(seen, lines, chunk, max_chunks, run.world.device)
-        values = 0 if not isinstance(algorithm, Ppo) else chunk if recipe.policy.value == "action" else 1
+        values = spec.values if isinstance(algorithm, Ppo) else 0
         policy.keep_features = plan.update.reuse_features
+        policy.engine.forget()  # graphs that were captured to be proved hand over no features
         feature_shape = (spec.patches, spec.vision_width) if plan.update.reuse_features else (0, 0)
         collector = Collector(
             pool, max_chunks, chunk, chunk * spec.action_dim, values, run.master_dtype, feature_shape, run.compute_dtype

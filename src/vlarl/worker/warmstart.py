@@ -10,21 +10,21 @@ import torch
 
 from vlarl.datasets.read import action_statistics, read_dataset
 from vlarl.distributed.reduce import barrier
-from vlarl.envs.spec import EpisodeSpec
 from vlarl.errors import PlanError
 from vlarl.learner.optim import build_cloning_optimizers
-from vlarl.learner.sft import DemonstrationPool, Demonstrations, ExpertEnv, RecordedPool, SftProgress, clone
+from vlarl.learner.sft import DemonstrationPool, Demonstrations, ExpertEnv, RecordedPool, SftProgress, clone, share_of, slots_of
 from vlarl.metrics.sinks import MetricsWriter
 from vlarl.metrics.status import write_status
 from vlarl.plan.specs import simulator_spec
 from vlarl.policies.base import VLAPolicy
 from vlarl.policies.checkpoint import STATISTICS, save_policy
 from vlarl.recipe.schema import Warmstart
+from vlarl.rng import fold
 from vlarl.rollout.episodes import TrainingFeed, TrainingSchedule
 from vlarl.worker.context import Context
 from vlarl.worker.setup import build_env
 
-DEMONSTRATION_SLOTS = 128  # over all ranks
+DEMONSTRATION_SLOTS = 128  # over all ranks; fewer where the pool is smaller
 
 
 def warm_start(run: Context, policy: VLAPolicy) -> None:
@@ -35,7 +35,7 @@ def warm_start(run: Context, policy: VLAPolicy) -> None:
     take_statistics(run, policy)
     for number, phase in enumerate(run.recipe.warmstart):
         optimizers = build_cloning_optimizers(policy.module, phase.learning_rate, phase.weight_decay)
-        clone(policy, optimizers, _demonstrations(run, policy, phase, run.recipe.seed + number), phase, run.world, record.report)
+        clone(policy, optimizers, _demonstrations(run, policy, number), phase, run.world, record.alive, record.report)
         record.end_phase(phase)
     if record.sinks is not None:
         record.sinks.close()
@@ -57,33 +57,22 @@ def take_statistics(run: Context, policy: VLAPolicy) -> None:
     policy.adopt_statistics(key, entry)
 
 
-def _demonstrations(run: Context, policy: VLAPolicy, phase: Warmstart, seed: int) -> Demonstrations:
-    """Recorded episodes, or this rank's share of the slots in which the expert plays."""
+def _demonstrations(run: Context, policy: VLAPolicy, number: int) -> Demonstrations:
+    """Recorded episodes, or those slots in which the expert plays that this rank's share of a minibatch is drawn from."""
+    phase, key = run.recipe.warmstart[number], fold(run.recipe.seed, number)
     if phase.data is not None:
         seen, config = simulator_spec(run.recipe.env), policy.config
         size = (seen.height, seen.width)
         data = read_dataset(Path(phase.data), config.views, size, config.action_dim, config.proprio_dim)
-        return RecordedPool(data, policy, seed * run.world.world_size + run.world.rank)
-    ranks, tasks = run.world.world_size, phase.tasks or run.recipe.env.tasks
-    local = DEMONSTRATION_SLOTS // ranks
-    first = run.world.rank * local
-    schedule = TrainingSchedule(seed, DEMONSTRATION_SLOTS, len(tasks), 1)
-    simulator = build_env(run, range(first, first + local), tasks=tasks)
+        return RecordedPool(data, policy, key)
+    every, tasks = min(DEMONSTRATION_SLOTS, phase.pool), phase.tasks or run.recipe.env.tasks
+    slots = slots_of(share_of(run.world, phase.batch), phase.batch, every)
+    simulator = build_env(run, slots, tasks=tasks)
     if not isinstance(simulator, ExpertEnv):
         simulator_name = run.recipe.env.simulator
         raise PlanError(f"warmstart: the simulator {simulator_name} has no scripted expert.", "Start from a supervised checkpoint.")
-    feed = _Offset(TrainingFeed(schedule, range(first, first + local)), first)
-    return DemonstrationPool(simulator, feed, policy, phase, local, phase.pool // ranks, seed + run.world.rank)
-
-
-class _Offset:
-    """A feed for a simulator whose slots count from 0."""
-
-    def __init__(self, feed: TrainingFeed, first: int) -> None:
-        self._feed, self._first = feed, first
-
-    def next(self, slot: int) -> EpisodeSpec | None:
-        return self._feed.next(self._first + slot)
+    feed = TrainingFeed(TrainingSchedule(run.recipe.seed + number, every, len(tasks), 1), slots)
+    return DemonstrationPool(simulator, feed, policy, phase, slots, every, key)
 
 
 class _Record:
@@ -97,9 +86,12 @@ class _Record:
         self._phase = 0
         self._steps, self._samples = 0, 0
 
+    def alive(self) -> None:
+        """Tell the launcher that this rank is at work."""
+        self._run.heartbeat.beat("warm start")
+
     def report(self, at: SftProgress) -> None:
         """After some steps of the present phase."""
-        self._run.heartbeat.beat("warm start")
         if self.sinks is None:
             return
         seconds, batch = time.perf_counter() - self._started, self._run.recipe.warmstart[self._phase].batch

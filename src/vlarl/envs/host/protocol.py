@@ -19,7 +19,7 @@ import json
 import mmap
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from vlarl.envs.spec import EnvSpec, EpisodeSpec
 PROTOCOL = 2
 BLOCK = 64  # bytes; each part of the shared memory starts at a multiple
 READ_BYTES = 1 << 16
+BEAT_SECONDS = 1.0
 
 
 class Played(NamedTuple):
@@ -92,8 +93,8 @@ class Channel:
         except OSError as error:
             raise Gone(str(error)) from None
 
-    def receive(self, seconds: float | None = None) -> dict[str, Any]:
-        """The next message, waited for at most so long. Raises Late or Gone."""
+    def receive(self, seconds: float | None = None, beat: Callable[[], object] | None = None) -> dict[str, Any]:
+        """The next message, waited for at most so long; `beat` is called every second meanwhile. Raises Late or Gone."""
         deadline = None if seconds is None else time.monotonic() + seconds
         parts = [self._rest]
         while b"\n" not in parts[-1]:
@@ -101,9 +102,12 @@ class Channel:
             try:
                 if left is not None and left <= 0:
                     raise TimeoutError
-                self._socket.settimeout(left)
+                self._socket.settimeout(left if beat is None or left is None else min(left, BEAT_SECONDS))
                 part = self._socket.recv(READ_BYTES)
             except TimeoutError:
+                if beat is not None and deadline is not None and time.monotonic() < deadline:
+                    beat()
+                    continue
                 self._rest = b"".join(parts)
                 raise Late from None
             except OSError as error:
