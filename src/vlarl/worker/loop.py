@@ -6,28 +6,23 @@ A newcomer starts here. `Trainer` (built in setup.py) holds a part per role of t
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from vlarl.distributed import checkpoint, manifest
 from vlarl.distributed.fsdp import acting
-from vlarl.distributed.reduce import all_reduce_sum, barrier
+from vlarl.distributed.reduce import all_reduce_sum
 from vlarl.envs.remote import serve
-from vlarl.errors import CheckpointError
 from vlarl.learner.optim import learning_rate_at, set_learning_rates
 from vlarl.learner.targets import Targets, grpo_targets, ppo_targets
 from vlarl.learner.update import Learner
-from vlarl.plan.placement import layout
-from vlarl.policies.checkpoint import save_policy, saved_names
 from vlarl.recipe.schema import Grpo, Ppo
 from vlarl.rollout.collector import concatenate
 from vlarl.types import TrajectoryBatch
 from vlarl.worker.context import Context
 from vlarl.worker.evaluate import evaluate_training
-from vlarl.worker.export import training_logits
 from vlarl.worker.films import film_batch
+from vlarl.worker.keeping import keep, restore
 from vlarl.worker.progress import Progress, Reporter, gather_spans
 from vlarl.worker.setup import Trainer
 
@@ -209,66 +204,6 @@ def measure(run: Context, trainer: Trainer, learner: Learner, progress: Progress
     if better:
         progress.best = (scores["eval/success"], progress.update)
     return better
-
-
-def keep(run: Context, trainer: Trainer, progress: Progress, best: bool) -> None:
-    """Write a checkpoint from which the run continues exactly, and prune old ones. Every rank; `progress` and `best` are the learners'."""
-    folder = manifest.checkpoint_folder(run.run_dir, progress.update)
-    extra: dict[str, Any] = {"progress": progress.state_dict()}
-    if trainer.env is not None:
-        extra |= {"cursor": trainer.env.feed.cursor, "pool": trainer.env.pool.state_dict()}
-    if trainer.rollout is not None:
-        extra |= {"collector": trainer.rollout.collector.state_dict()}
-    policy, learner = trainer.policy, trainer.learner
-    with run.span("checkpoint"):
-        live = training_logits(run, trainer)
-        checkpoint.save(
-            run.world,
-            folder,
-            learner.policy.module if learner is not None else None,
-            learner.optimizer if learner is not None else None,
-            extra,
-            lambda path, state: save_policy(path, policy, state, live) if policy is not None else None,
-            {
-                "update": progress.update,
-                "success": progress.best[0] if progress.best else progress.success,
-                "placement": layout(run.plan),
-            },
-            saved_names(policy) if policy is not None else None,
-            run.heartbeat,
-        )
-        if run.world.is_main:
-            if best or progress.best is None:  # until an evaluation has chosen, the newest
-                manifest.mark_best(folder)
-            manifest.prune(run.run_dir, run.recipe.checkpoint.keep)
-        barrier(run.world, "checkpoint")
-
-
-def restore(run: Context, trainer: Trainer) -> Progress:
-    """Go on exactly where the latest checkpoint was taken. Every rank."""
-    folder, learner = latest_checkpoint(run.run_dir), trainer.learner
-    module, optimizer = (learner.policy.module, learner.optimizer) if learner is not None else (None, None)
-    manifest.check_placement(folder, layout(run.plan))
-    extras, _ = checkpoint.load(run.world, folder, module, optimizer, run.heartbeat)
-    extra: dict[str, Any] = extras[run.world.rank]
-    if trainer.env is not None:
-        trainer.env.feed.cursor = list(extra["cursor"])
-        trainer.env.pool.load_state_dict(extra["pool"])
-    if trainer.rollout is not None:
-        trainer.rollout.collector.load_state_dict(extra["collector"])
-    run.meet(run.world, "resuming")  # episodes that are played again take their time
-    progress = Progress.from_state(extra["progress"])
-    if run.world.is_main and progress.best is not None and progress.best[1] == progress.update:
-        manifest.mark_best(folder)  # a run that died between the checkpoint and this could not
-    return progress
-
-
-def latest_checkpoint(run_dir: Path) -> Path:
-    """The newest checkpoint of a run folder; CheckpointError if it has none."""
-    folder = manifest.latest(run_dir)
-    if folder is None:
-        raise CheckpointError(f"{run_dir} holds no finished checkpoint to resume from.", "Start the run anew, with another --out.")
-    return folder
 
 
 def due(update: int, every: int) -> bool:
