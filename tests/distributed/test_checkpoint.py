@@ -18,7 +18,20 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from helpers.disk import mounted
 from vlarl.distributed import checkpoint, fsdp
-from vlarl.distributed.manifest import FORMAT, best, checkpoint_folder, checkpoints, latest, mark_best, prune, read_manifest, verify
+from vlarl.distributed.manifest import (
+    FORMAT,
+    best,
+    check_contents,
+    checkpoint_folder,
+    checkpoints,
+    describe_files,
+    latest,
+    mark_best,
+    prune,
+    read_manifest,
+    sha256,
+    verify,
+)
 from vlarl.distributed.mesh import World
 from vlarl.errors import CheckpointError, MachineError, VlarlError
 from vlarl.learner.optim import build_optimizer
@@ -254,6 +267,19 @@ def _fake(run: Path, update: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "complete": True, "update": update, "files": {}}))
     return folder
+
+
+def test_a_file_with_other_contents_than_the_manifest_says(tmp_path: Path) -> None:
+    folder = checkpoint_folder(tmp_path, 1)
+    (folder / "policy").mkdir(parents=True)
+    weights = folder / "policy" / "model.safetensors"
+    weights.write_bytes(b"weights")
+    check_contents(weights, "no checkpoint, no opinion")
+    manifest = {"complete": True, "format": FORMAT, "files": describe_files(folder)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    check_contents(weights, sha256(weights))
+    with pytest.raises(CheckpointError, match=r"model.safetensors has other contents than were written"):
+        check_contents(weights, "another")
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

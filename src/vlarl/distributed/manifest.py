@@ -90,6 +90,16 @@ def verify(folder: Path, hashes: bool = True, beat: Callable[[], object] = lambd
     return manifest
 
 
+def check_contents(path: Path, digest: str) -> None:
+    """Raise DamagedError where a file CHECKPOINT/policy/NAME has another sha256 than its manifest says; others are anybody's."""
+    folder = path.parent.parent
+    if not (folder / MANIFEST).is_file():
+        return
+    files, name = read_manifest(folder)["files"], path.relative_to(folder).as_posix()
+    if name in files and files[name]["sha256"] != digest:
+        raise DamagedError(f"The checkpoint {folder} is damaged: {name} has other contents than were written.", _ANOTHER)
+
+
 def check_placement(folder: Path, placement: str) -> None:
     """Raise CheckpointError unless `folder` was written under `placement` (see `plan.placement.layout`): open episodes belong to ranks."""
     written = read_manifest(folder)["placement"]

@@ -150,7 +150,10 @@ def evaluate_job(run: Context, variations: tuple[str, ...]) -> None:
         return
     policy = build_sharded_policy(run, trainable=False, apart=True)
     equip_policy(run, policy, evaluation_slots(run))
-    hashes = {path.name: manifest.sha256(path) for path in weight_files(run.recipe)}
+    hashes = {}
+    for path in weight_files(run.recipe):
+        hashes[path.name] = manifest.sha256(path)
+        manifest.check_contents(path, hashes[path.name])
     reports, offload = [], build_offload(run, policy, None)
     checkpoint, evaluated = _evaluated(run)
     for done, variation in enumerate(variations):
