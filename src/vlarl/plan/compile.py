@@ -93,7 +93,7 @@ def _with_mode(
     wanted = recipe.placement
     if job != "train":
         collocated = Placement(mode="collocated", offload=wanted.offload)
-        return replace(recipe, placement=collocated), f"collocated: every rank works alike in {job}"
+        return replace(recipe, placement=collocated), "collocated: outside training every rank works alike"
     if wanted.mode != "auto":
         return recipe, f"{label(wanted)}, as the recipe asks"
     ranks = rank_count(recipe, cluster)
@@ -216,7 +216,8 @@ def _equation(recipe: Recipe, roles: Roles, rollout: RolloutPlan, update: Update
     rank_part = -(-update.minibatch_samples // len(roles.learner))
     learner = "per rank" if roles.mode == "collocated" else f"per learner rank ({len(roles.learner)})"
     passes = f"{update.accumulation} forward pass" + ("es" if update.accumulation > 1 else "")
-    right = f"{update.minibatches} minibatches of {update.minibatch_samples}; {learner} {rank_part}, in {passes} of <= {update.microbatch}"
+    parts = f"{update.minibatches} minibatch" + ("es" if update.minibatches > 1 else "")
+    right = f"{parts} of {update.minibatch_samples}; {learner} {rank_part}, in {passes} of <= {update.microbatch}"
     return f"{left} = {right}; epochs: {update.epochs}"
 
 
