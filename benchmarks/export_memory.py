@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from load_memory import GB, Peak, resident, write_checkpoint
+from load_memory import GB, Peak, emit, resident, write_checkpoint
 
 RANK = 16
 
@@ -94,10 +94,7 @@ def main() -> None:
         if options.apart:
             (work / "alone").mkdir()
             result["write_alone"] = write_alone(policy, work / "alone")
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
+    emit(result, options.json)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,14 @@ def measure(folder: Path, ranks: int, sharded: bool) -> list[dict[str, float]]:
     return rows
 
 
+def emit(result: dict[str, object], path: Path | None) -> None:
+    """Print the figures as JSON, and write them too where a file is named."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
@@ -161,10 +169,7 @@ def main() -> None:
         }
         if options.whole:
             result["whole"] = measure(folder, options.ranks, False)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
+    emit(result, options.json)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,22 @@ make_venv() {
     "$python" -m venv "$venv"
 }
 
+# What torch.compile builds its kernels with, and its tests want.
+need_compiler() {
+    missing=$("$venv/bin/python" - <<'PY'
+import os, shutil, sys, sysconfig
+compiler = any(shutil.which(name) for name in ("g++", "clang++"))
+header = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+print(*[p for p, there in (("g++", compiler), ("python%d.%d-dev" % sys.version_info[:2], header)) if not there])
+PY
+    )
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing; } && return 0
+    fi
+    echo "install: tests of torch.compile want $missing (Debian, Ubuntu: sudo apt-get install $missing)" >&2
+}
+
 reachable() {
     "$venv/bin/python" - "$1" <<'PY'
 import sys, urllib.request
@@ -49,6 +65,7 @@ PY
 }
 
 [ -x "$venv/bin/pip" ] || make_venv
+[ "$extras" != dev ] || need_compiler
 if [ -z "$torch_index" ] && ! has_gpu && reachable "$cpu_index"; then
     torch_index=$cpu_index
 fi

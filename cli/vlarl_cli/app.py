@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlarl.errors import VlarlError
+from vlarl_cli import machine
 
 if TYPE_CHECKING:
     from vlarl_cli.run import Nodes
@@ -23,8 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-envs = typer.Typer(help="Simulators: install them, and see whether they work.", no_args_is_help=True)
-app.add_typer(envs, name="envs")
+app.add_typer(machine.envs, name="envs")
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -361,63 +360,8 @@ def export(
     raise typer.Exit(exporting.export(ckpt, out, exporting.ExportOptions(merge_lora, shard_gb, dtype, tuple(policy or ()))))
 
 
-@envs.command("install")
-def install_envs(
-    simulators: Annotated[list[str], typer.Argument(metavar="NAME...", help="maniskill, libero, robotwin.")],
-    system: Annotated[bool, typer.Option("--system", help="As root: install the system packages too that they render with.")] = False,
-) -> None:
-    """Install simulators, in the releases that this vlarl knows; what is there stays, and what was interrupted goes on."""
-    from vlarl_cli import render
-    from vlarl_cli import simulators as known
-    from vlarl_cli import system_packages as packages
-
-    wanted = known.names(simulators)
-    missing = packages.missing(wanted)
-    if missing and system and packages.is_root():
-        render.note(f"system packages: {', '.join(missing)}")
-        packages.install(missing)
-    elif missing:
-        render.system_commands(missing, packages.commands(missing))
-    known.install(wanted, render.note)
-
-
-@envs.command("list")
-def list_envs() -> None:
-    """Try every simulator: is it installed, does it import and draw a picture, and what to do if not."""
-    from vlarl_cli import render
-    from vlarl_cli.simulators import examine_all
-
-    render.simulators(examine_all())
-
-
-@app.command()
-def doctor() -> None:
-    """Check this machine: packages, devices, torch, limits, simulators; what is wrong, and what to do. For bug reports."""
-    from vlarl_cli import doctor as checking
-    from vlarl_cli import render
-    from vlarl_cli.simulators import examine_all
-
-    found = checking.examine()
-    render.findings(found)
-    render.simulators(examine_all())
-    raise typer.Exit(2 if any(finding.problem for finding in found) else 0)
-
-
-@app.command()
-def recipes(
-    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON Schema of recipes, for editors.")] = False,
-) -> None:
-    """List the shipped recipes."""
-    if json_schema:
-        from vlarl.recipe.load import json_schema as schema
-
-        typer.echo(json.dumps(schema(), indent=2))
-        return
-    from vlarl_cli import render
-    from vlarl_cli.shipped import shipped_recipes, summary
-
-    render.recipe_list([(name, summary(path)) for name, path in shipped_recipes().items()])
-
+app.command()(machine.doctor)
+app.command()(machine.recipes)
 
 if __name__ == "__main__":
     main()
